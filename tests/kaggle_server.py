@@ -1,0 +1,153 @@
+"""A small Kaggle on loopback, for the real kaggle client: the API, a storage address that it redirects to, and faults.
+
+python tests/kaggle_server.py ARCHIVE.zip SCRIPT [ARGUMENT ...]   # run a script against it, served from ARCHIVE.zip
+"""
+
+import base64
+import contextlib
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+# Kaggle's client knows localhost only on port 80; this starts a script with another port.
+LAUNCHER = """
+import runpy, sys
+import kagglesdk.kaggle_env as env
+env._env_to_endpoint[env.KaggleEnv.LOCAL] = sys.argv[1]
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class KaggleServer(http.server.ThreadingHTTPServer):
+    """Serves `archive` (bytes), with `needs_token` to good credentials alone; bad ones are refused in any case.
+
+    Faults, each a list of which every request uses up the first entry:
+
+    api_answers     statuses in place of the redirect to storage
+    storage_answers statuses, each with an HTML page, in place of the archive; 200: the archive
+    cuts            numbers of bytes after which the connection to storage is cut
+    stalls          numbers of bytes after which storage falls silent, and then cuts
+    pages           bodies that storage sends in place of the archive, with status 200
+    hang            seconds of silence before the next answer of the API
+    """
+
+    daemon_threads = True
+
+    def __init__(self, archive, needs_token=False, token="good-token", key="someone:good-key"):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.archive, self.needs_token = archive, needs_token
+        self.good = (f"Bearer {token}", "Basic " + base64.b64encode(key.encode()).decode())
+        self.etag = '"' + hashlib.sha256(archive).hexdigest()[:16] + '"'
+        self.api_answers, self.storage_answers, self.hang = [], [], []
+        self.cuts, self.stalls, self.pages = [], [], []
+        self.closing = threading.Event()
+        self.requests = []  # (method, path, Authorization, Range)
+        self.address = f"http://localhost:{self.server_port}"
+
+    def environment(self, home, **more):
+        """Variables for a process that shall speak to this server, and can reach no other."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE")}
+        return kept | {
+            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+            "HOME": str(home),
+            "https_proxy": "http://127.0.0.1:9",
+            "no_proxy": "localhost,127.0.0.1",
+            **more,
+        }
+
+    def command(self, script, *arguments):
+        """The command that runs a Python script against this server."""
+        return [sys.executable, "-c", LAUNCHER, self.address, str(script), *map(str, arguments)]
+
+    def downloads(self):
+        return [request for request in self.requests if request[0] == "GET"]
+
+    def handle_error(self, request, client_address):
+        pass  # clients that are killed
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *arguments):
+        pass
+
+    def note(self):
+        self.server.requests.append(
+            (self.command, self.path, self.headers.get("Authorization"), self.headers.get("Range"))
+        )
+
+    def answer(self, status, body, kind="application/json", **headers):
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self):
+        self.note()
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server = self.server
+        authorised = self.headers.get("Authorization") in server.good
+        if server.hang:
+            server.closing.wait(server.hang.pop(0))
+        if self.path.endswith("/IntrospectToken"):
+            self.answer(200, json.dumps({"active": authorised, "username": "someone" if authorised else ""}).encode())
+        elif server.api_answers:
+            status = server.api_answers.pop(0)
+            self.answer(status, json.dumps({"code": status, "message": "refused"}).encode())
+        elif (server.needs_token or self.headers.get("Authorization")) and not authorised:
+            self.answer(401, b'{"code": 401, "message": "Unauthenticated"}')
+        else:
+            self.answer(302, b"", Location=f"{server.address}/storage/archive.zip")
+
+    def do_GET(self):
+        self.note()
+        server, start = self.server, 0
+        if server.storage_answers and (status := server.storage_answers.pop(0)) != 200:
+            return self.answer(status, b"<html>expired</html>", "text/html")
+        body = server.pages.pop(0) if server.pages else server.archive
+        if self.headers.get("Range") and self.headers.get("If-Range") in (None, server.etag):
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+        if start >= len(body) > 0:
+            return self.answer(416, b"")
+        faults = server.cuts or server.stalls
+        end, stalls = start + faults.pop(0) if faults else len(body), faults is server.stalls
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Type", "application/zip")
+        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("ETag", server.etag)
+        self.send_header("Last-Modified", "Mon, 03 Jun 2019 08:00:00 GMT")
+        self.send_header("Accept-Ranges", "bytes")
+        self.end_headers()
+        self.wfile.write(body[start:end])
+        self.wfile.flush()
+        if end < len(body):
+            if stalls:
+                server.closing.wait(40)
+            self.close_connection = True
+            self.connection.close()
+
+
+@contextlib.contextmanager
+def serving(archive, **options):
+    """A KaggleServer in a thread of its own."""
+    with KaggleServer(archive, **options) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        try:
+            yield server
+        finally:
+            server.closing.set()
+            server.shutdown()
+
+
+if __name__ == "__main__":
+    with serving(Path(sys.argv[1]).read_bytes()) as kaggle:
+        home = Path("home").resolve()
+        sys.exit(subprocess.run(kaggle.command(*sys.argv[2:]), env=kaggle.environment(home)).returncode)

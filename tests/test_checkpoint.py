@@ -1,0 +1,582 @@
+"""A run that is killed, stopped, starved of disk or handed damaged files goes on, and ends as one left alone does.
+
+Most runs here are forked from one process that has torch imported (this file as a script): real processes, for real
+signals, that start in no time. KILLS=40 pytest tests/test_checkpoint.py kills more often than it does by itself.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import pty
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import dcgan, flags, start
+from PIL import Image
+
+KILLS = int(os.environ.get("KILLS", 6))
+LONG = {
+    "BATCH_SIZE": 4,
+    "EPOCHS": 3,
+    "LOG_EVERY": 3,
+    "DATA_DIR": "faces",
+    "CHECKPOINT_MINUTES": 1e6,
+}  # 10 steps an epoch
+
+
+def serve():
+    """For each line of JSON from stdin: fork a process that runs `dcgan.main`, print its pid and then its status."""
+    import filelock  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import tqdm.auto  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        if not (pid := os.fork()):
+            status = 70
+            try:
+                os.setsid()
+                os.chdir(job["cwd"])
+                for number, name in enumerate([job["tty"]] * 3 if job["tty"] else [os.devnull, "stdout", "stderr"]):
+                    mode = os.O_RDWR if job["tty"] or not number else os.O_CREAT | os.O_TRUNC | os.O_WRONLY
+                    os.dup2(os.open(name, mode), number)
+                signal.alarm(200)
+                if job["nohup"]:
+                    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                if job["limit"]:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+                status = dcgan.main(job["arguments"])
+            except BaseException:
+                traceback.print_exc()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            os._exit(status)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+class Forks:
+    """The process of `serve`, and its newest run."""
+
+    def __init__(self, *prefix):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen([*prefix, sys.executable, __file__], env=environment, **pipes)
+
+    def start(self, cwd, *more, tty=None, nohup=False, limit=0, **changed):
+        self.cwd, arguments = cwd, [*flags(**LONG | changed), *more]
+        job = {"arguments": arguments, "cwd": str(cwd), "tty": tty, "nohup": nohup, "limit": limit}
+        print(json.dumps(job), file=self.server.stdin, flush=True)
+        self.pid = int(self.server.stdout.readline())
+
+    def send(self, signum):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signum)
+
+    def wait(self):
+        """(status, stdout, stderr) of the run that was started."""
+        status = int(self.server.stdout.readline())
+        return status, *[(self.inside(self.cwd) / name).read_text() for name in ("stdout", "stderr")]
+
+    def run(self, *arguments, **options):
+        self.start(*arguments, **options)
+        return self.wait()
+
+    def inside(self, path):
+        """`path` as this server sees it, which may have mounts of its own."""
+        return Path(f"/proc/{self.server.pid}/root{path}")
+
+    def close(self):
+        self.server.kill()  # no run is left: whoever starts one waits for it
+        self.server.wait()
+
+
+@pytest.fixture(scope="module")
+def forks():
+    forks = Forks()
+    yield forks
+    forks.close()
+
+
+@pytest.fixture(scope="module")
+def reference(forks, all_faces, tmp_path_factory):
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "faces").symlink_to(all_faces)
+    assert forks.run(folder)[0] == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def half_done(forks, reference, tmp_path_factory):
+    """The folder of a run that was stopped within its first or second epoch."""
+    folder = copied(reference, tmp_path_factory.mktemp("half") / "done")
+    shutil.rmtree(folder / "output")
+    forks.start(folder, EPOCHS=10**5)
+    until(lambda: rows_of(folder))
+    forks.send(signal.SIGTERM)
+    assert forks.wait()[0] == 143
+    state = load(folder)
+    assert state["step"] > 0 and state["epoch"] < 3
+    return folder
+
+
+def copied(folder, to):
+    return shutil.copytree(folder, to, symlinks=True)
+
+
+def until(condition, seconds=100):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.002)
+
+
+def load(folder, name="checkpoint.pt"):
+    return torch.load(folder / "output" / name, weights_only=True)
+
+
+def rows_of(folder):
+    """metrics.csv without its heading and images_per_second."""
+    path = folder / "output/metrics.csv"
+    return [line.rpartition(",")[0] for line in path.read_text().splitlines()[1:]] if path.exists() else []
+
+
+def same(one, two):
+    """Whether two states are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        one, two = (tensor.contiguous().view(-1) for tensor in (one, two))
+        return one.dtype == two.dtype and torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+    if isinstance(one, dict):
+        return list(one) == list(two) and all(same(value, two[key]) for key, value in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return type(one) is type(two) and one == two
+
+
+def assert_ended_alike(folder, reference):
+    """Whether the run in `folder` has ended as that in `reference`: networks, optimizers, metrics, samples."""
+    states = [load(folder), load(reference)]
+    for state in states:
+        del state["settings"]["CHECKPOINT_MINUTES"]
+        state["rows"] = [row[:7] for row in state["rows"]]
+    for key in states[1]:
+        assert same(states[0][key], states[1][key]), f"{key} differs"
+    assert same(load(folder, "generator.pt"), load(reference, "generator.pt"))
+    assert rows_of(folder) == rows_of(reference) and len(rows_of(folder)) == 12
+    for path in (reference / "output/samples").iterdir():
+        assert path.read_bytes() == (folder / "output/samples" / path.name).read_bytes()
+
+
+def assert_whole(folder):
+    """Whether no file is half a file, whatever happened."""
+    for path in (folder / "output").rglob("*"):
+        if path.suffix in (".png", ".gif"):
+            Image.open(path).load()
+        if path.suffix == ".pt":
+            dcgan.read_checkpoint(path)
+
+
+def assert_one_line(text, *words):
+    assert text.startswith("dcgan.py: error: ") and text.count("\n") == 1, text
+    for word in words:
+        assert str(word) in text
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in (folder / "output").glob("*.pt")}
+
+
+# --------------------------------------------------------------------------------------------- kills and signals
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_left_alone(forks, reference, workplace):
+    rng, kills, writing = random.Random(time.time_ns()), 1, 0
+    with start(*flags(**LONG | {"CHECKPOINT_MINUTES": 0}), cwd=workplace) as process:
+        time.sleep(rng.uniform(0, 3))  # while it imports
+        process.kill()
+    for number in range(KILLS):
+        forks.start(workplace, CHECKPOINT_MINUTES=0)
+        deadline = time.monotonic() + rng.expovariate(1 / 0.5)
+        while time.monotonic() < deadline:
+            if number % 2 and list(workplace.glob("*/**/*.part" if number % 4 == 1 else "output/checkpoint.new*")):
+                writing += 1
+                break
+        forks.send(signal.SIGKILL)
+        status = forks.wait()[0]
+        assert status in (0, -signal.SIGKILL)
+        assert_whole(workplace)
+        kills += status < 0
+        if status == 0:
+            assert_ended_alike(workplace, reference)
+            shutil.rmtree(workplace / ("output" if number % 3 else "data"))
+            shutil.rmtree(workplace / "output", ignore_errors=True)
+    assert forks.run(workplace, CHECKPOINT_MINUTES=0)[::2] == (0, "")
+    print(f"{kills} kills, {writing} while it was writing")
+    assert_ended_alike(workplace, reference)
+
+
+def test_a_kill_between_the_renames_of_a_save_is_survived(forks, reference, tmp_path):
+    folder = copied(reference, tmp_path / "run")
+    (folder / "output/checkpoint.pt").rename(folder / "output/checkpoint.new")
+    assert forks.run(folder)[::2] == (0, "")
+    assert_ended_alike(folder, reference)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(forks, reference, workplace, signum):
+    forks.start(workplace)
+    until(lambda: rows_of(workplace))
+    forks.send(signum)
+    status, stdout, stderr = forks.wait()
+    assert status == 128 + signum and stderr == ""
+    state = load(workplace)
+    assert state["step"] > 0
+    line = stdout.splitlines()[-1]
+    assert f"saved after step {state['step']} of epoch {state['epoch'] + 1}" in line and "goes on" in line
+    status, stdout, stderr = forks.run(workplace)
+    assert (status, stderr) == (0, "") and "going on" in stdout
+    assert_ended_alike(workplace, reference)
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once(forks, reference, tmp_path):
+    folder = copied(reference, tmp_path / "run")
+    shutil.rmtree(folder / "data")
+    before = contents(folder)
+    forks.start(folder, EPOCHS=10**5)
+    until(lambda: list((folder / "data/cache").glob("*.part")))
+    forks.send(signal.SIGINT)
+    assert forks.wait()[::2] == (130, "")
+    assert contents(folder) == before
+    assert_ended_alike(folder, reference)
+
+
+def test_a_second_ctrl_c_leaves_at_once_with_files_whole(forks, reference, workplace):
+    forks.start(workplace)
+    until(lambda: rows_of(workplace))
+    forks.send(signal.SIGINT)
+    until((workplace / "output/checkpoint.pt").exists)
+    forks.send(signal.SIGINT)  # while it draws the pictures
+    status, stdout, stderr = forks.wait()
+    assert status == 130 and stderr == "" and "saved after" not in stdout
+    assert_whole(workplace)
+    assert forks.run(workplace)[::2] == (0, "")
+    assert_ended_alike(workplace, reference)
+
+
+def test_nohup_outlives_a_hangup(forks, reference, workplace):
+    forks.start(workplace, nohup=True)
+    until(lambda: rows_of(workplace))
+    forks.send(signal.SIGHUP)
+    assert forks.wait()[::2] == (0, "")
+    assert_ended_alike(workplace, reference)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_goes_away_loses_nothing(forks, reference, workplace, nohup):
+    for name in ("stdout", "stderr"):
+        (workplace / name).touch()
+    ours, theirs = pty.openpty()
+    forks.start(workplace, tty=os.ttyname(theirs), nohup=nohup)
+    while not rows_of(workplace):
+        os.read(ours, 10_000)
+    os.close(theirs)
+    os.close(ours)
+    assert forks.wait()[0] == (0 if nohup else 129)
+    assert (workplace / "output/checkpoint.pt").exists()
+    assert forks.run(workplace)[::2] == (0, "")
+    assert_ended_alike(workplace, reference)
+
+
+# ---------------------------------------------------------------------------------------------------------- disks
+
+
+def test_files_that_may_not_grow_are_named_and_the_old_ones_stay(forks, reference, half_done, tmp_path):
+    folder = copied(half_done, tmp_path / "run")
+    before = contents(folder)
+    status, _, stderr = forks.run(folder, limit=20_000)
+    assert status == 1
+    assert_one_line(stderr, "File too large", "output/")
+    assert contents(folder) == before and not list(folder.rglob("*.part"))
+    assert forks.run(folder)[::2] == (0, "")
+    assert_ended_alike(folder, reference)
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """(Forks, folder): for these processes alone, `output` in it is a disk of 1 MB."""
+    folder = tmp_path_factory.mktemp("disk") / "run"
+    (folder / "output").mkdir(parents=True)
+    script = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+    prefix = ("unshare", "-m", "sh", "-c", script, str(folder / "output"))
+    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("needs root")
+    forks = Forks(*prefix)
+    yield forks, folder
+    forks.close()
+
+
+@pytest.fixture
+def small_disk(disk, reference):
+    """(Forks, folder as they see it, folder as we see it) of a run of one epoch on that disk."""
+    forks, folder = disk
+    if not (folder / "faces").exists():
+        copied(reference / "data", folder / "data")
+        (folder / "faces").symlink_to((reference / "faces").resolve())
+    assert forks.run(folder, EPOCHS=1)[0] == 0  # by now the disk is mounted
+    yield forks, folder, forks.inside(folder)
+    remount(forks, folder, "rw")
+    for path in forks.inside(folder / "output").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remount(forks, folder, mode):
+    enter = ("nsenter", "-t", str(forks.server.pid), "-m")
+    subprocess.run([*enter, "mount", "-o", f"remount,{mode}", str(folder / "output")], check=True)
+
+
+def fill(folder):
+    with contextlib.suppress(OSError), open(folder / "output/filler", "wb", buffering=0) as file:
+        while file.write(b"\0" * 4096):
+            pass
+
+
+def test_a_full_disk_is_named_and_the_old_files_stay(small_disk, reference):
+    forks, folder, seen = small_disk
+    before = contents(seen)
+    fill(seen)
+    status, _, stderr = forks.run(folder)
+    assert status == 1
+    assert_one_line(stderr, "No space left on device", "output/")
+    assert contents(seen) == before and not list((seen / "output").glob("**/*.part"))
+
+    (seen / "output/filler").unlink()
+    forks.start(folder, LOG_EVERY=1, EPOCHS=10**5, CHECKPOINT_MINUTES=0)
+    until(lambda: len(rows_of(seen)) > 6)
+    fill(seen)  # while it trains
+    status, _, stderr = forks.wait()
+    assert status == 1
+    assert_one_line(stderr, "No space left on device", "output/")
+    for path in contents(seen):
+        dcgan.read_checkpoint(path)
+
+    (seen / "output/filler").unlink()
+    shutil.rmtree(seen / "output/samples")
+    for path in (seen / "output").glob("*.pt"):
+        path.unlink()
+    assert forks.run(folder)[::2] == (0, "")
+    assert_ended_alike(seen, reference)
+
+
+def test_a_disk_that_cannot_be_written_is_named(small_disk):
+    forks, folder, seen = small_disk
+    before = contents(seen)
+    remount(forks, folder, "ro")
+    status, _, stderr = forks.run(folder)
+    assert status == 1
+    assert_one_line(stderr, "Read-only file system", "output")
+    assert contents(seen) == before
+
+
+def test_an_output_dir_that_is_a_file_is_named(forks, workplace):
+    (workplace / "output").write_text("mine")
+    status, _, stderr = forks.run(workplace)
+    assert status in (1, 2)
+    assert_one_line(stderr, "output")
+    assert (workplace / "output").read_text() == "mine"
+
+
+def test_two_runs_do_not_share_an_output_dir(forks, workplace, tiny, capsys):
+    forks.start(workplace, EPOCHS=10**5, CHECKPOINT_MINUTES=0)
+    until(lambda: rows_of(workplace))
+    assert tiny.main([]) == 1
+    assert_one_line(capsys.readouterr().err, "in use", "output")
+    forks.send(signal.SIGTERM)
+    assert forks.wait()[::2] == (143, "")
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+
+def flipped(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 4]) + data[middle + 1 :]
+
+
+DAMAGE = {
+    "flipped": flipped,
+    "cut": lambda data: data[:-1000],
+    "empty": lambda data: b"",
+    "text": lambda data: b"hello\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_kept_and_the_one_before_taken(forks, reference, tmp_path, damage):
+    folder = copied(reference, tmp_path / "run")
+    newest, previous = folder / "output/checkpoint.pt", folder / "output/checkpoint.previous.pt"
+    damaged, good = DAMAGE[damage](newest.read_bytes()), previous.read_bytes()
+    newest.write_bytes(damaged)
+    status, stdout, stderr = forks.run(folder)
+    assert (status, stderr) == (0, "")
+    assert "checkpoint.pt is damaged" in stdout and "checkpoint.previous.pt takes its place" in stdout
+    assert_ended_alike(folder, reference)
+    kept = [path.read_bytes() for path in (folder / "output").glob("*.pt")]
+    assert damaged in kept and good in kept
+
+
+def test_two_damaged_checkpoints_are_an_error_that_loses_nothing(forks, reference, tmp_path):
+    folder = copied(reference, tmp_path / "run")
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        path = folder / "output" / name
+        path.write_bytes(flipped(path.read_bytes()))
+    before = sorted(contents(folder).values())
+    status, _, stderr = forks.run(folder)
+    assert status == 2
+    assert_one_line(stderr, "damaged", "output/checkpoint")
+    assert sorted(contents(folder).values()) == before
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def bombs(state):
+    """Files that run code when they are unpickled."""
+    files = {"zip": io.BytesIO(), "legacy": io.BytesIO(), "hidden": io.BytesIO(), "inner": io.BytesIO()}
+    torch.save(Bomb(), files["zip"])
+    torch.save(Bomb(), files["legacy"], _use_new_zipfile_serialization=False)
+    torch.save(state | {"rows": [Bomb()]}, files["hidden"])
+    with zipfile.ZipFile(files["inner"], "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Bomb(), 2))
+        archive.writestr("archive/version", "3")
+    return {name: file.getvalue() for name, file in files.items()} | {"pickle": pickle.dumps(Bomb())}
+
+
+def test_a_checkpoint_that_holds_code_never_runs_it(reference, tmp_path, monkeypatch, tiny, capsys):
+    for name, data in bombs(load(reference)).items():
+        folder = copied(reference, tmp_path / name)
+        monkeypatch.chdir(folder)
+        (folder / "bomb.pt").write_bytes(data)
+        with contextlib.suppress(FileExistsError):
+            torch.load("bomb.pt", weights_only=False) if name != "pickle" else pickle.loads(data)
+        assert os.path.exists("exploded"), "no bomb at all"
+        os.rmdir("exploded")
+        for arguments in (["generate", "--checkpoint", "bomb.pt"], flags(EPOCHS=10)):
+            (folder / "output/checkpoint.previous.pt").unlink(missing_ok=True)
+            (folder / "output/checkpoint.pt").write_bytes(data)
+            assert tiny.main(arguments) == 2, name
+            assert_one_line(capsys.readouterr().err, ".pt")
+        assert not os.path.exists("exploded"), name
+
+
+def test_a_small_file_that_claims_a_huge_network_takes_no_memory(reference, tmp_path, monkeypatch, tiny, capsys):
+    state = load(reference)
+    state["settings"] |= {"LATENT_SIZE": 65_536, "G_FEATURES": 16}  # 0.5 GB
+    torch.save(state, tmp_path / "huge.pt")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+
+    def kilobytes(name):
+        return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+
+    before = kilobytes("VmRSS")
+    assert tiny.main(["generate", "--checkpoint", str(tmp_path / "huge.pt")]) == 2
+    assert_one_line(capsys.readouterr().err, "huge.pt")
+    assert kilobytes("VmHWM") - before < 200_000
+
+
+# ---------------------------------------------------------------------------------------------- what a file holds
+
+
+def test_the_previous_checkpoint_is_one_save_older(reference):
+    assert [load(reference, name)["epoch"] for name in ("checkpoint.previous.pt", "checkpoint.pt")] == [2, 3]
+
+
+def test_a_checkpoint_holds_plain_things_under_plain_keys(reference):
+    state = load(reference)
+
+    def walk(value):
+        if isinstance(value, dict):
+            for key, one in value.items():
+                assert type(key) in (str, int) and not str(key).startswith(("module.", "_orig_mod."))
+                walk(one)
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                walk(one)
+        else:
+            assert type(value) in (torch.Tensor, str, int, float, bool, type(None)), value
+            assert not isinstance(value, torch.Tensor) or value.device.type == "cpu"
+
+    walk(state)
+    generator = dcgan.Generator(32, 8, 4)
+    assert list(state["generator"]) == list(state["ema"]) == list(generator.state_dict())
+    assert list(state["discriminator"]) == list(dcgan.Discriminator(32, 4).state_dict())
+    small = load(reference, "generator.pt")
+    assert same(small["ema"], state["ema"])
+    assert (reference / "output/generator.pt").stat().st_size < (reference / "output/checkpoint.pt").stat().st_size / 3
+
+
+# ------------------------------------------------------------------------------------------------ changed settings
+
+
+def test_networks_of_other_settings_are_refused_with_both_values(forks, half_done):
+    before = contents(half_done)
+    for name, now, then in (("IMAGE_SIZE", 64, 32), ("LATENT_SIZE", 9, 8), ("G_FEATURES", 5, 4), ("D_FEATURES", 6, 4)):
+        status, _, stderr = forks.run(half_done, **{name: now})
+        assert status == 2
+        assert_one_line(stderr, name, now, then)
+    assert contents(half_done) == before
+
+
+def test_a_changed_learning_rate_is_said_and_takes_effect(forks, half_done, tmp_path):
+    folder = copied(half_done, tmp_path / "run")
+    before = load(folder)
+    status, stdout, stderr = forks.run(folder, LEARNING_RATE=0, EPOCHS=2)
+    assert (status, stderr) == (0, "")
+    assert "LEARNING_RATE 0.0005 → 0.0" in stdout
+    after = load(folder)
+    assert after["images"] > before["images"]
+    for network in ("generator", "discriminator"):
+        for name, tensor in before[network].items():
+            if name.endswith(("weight", "bias")):
+                assert torch.equal(after[network][name], tensor), f"{network}'s {name} has moved"
+
+
+@pytest.mark.parametrize("change", ["BATCH_SIZE", "SEED", "MAX_IMAGES", "files"])
+def test_another_order_of_the_images_begins_a_half_done_epoch_again(forks, half_done, tmp_path, change):
+    folder, changed = copied(half_done, tmp_path / "run"), {}
+    then, epoch = load(folder)["images"], load(folder)["epoch"]
+    if change == "files":
+        real = (folder / "faces").resolve()
+        (folder / "faces").unlink()
+        shutil.copytree(real, folder / "faces")
+        (folder / "faces/000007.jpg").unlink()
+    else:
+        changed = {change: {"BATCH_SIZE": 5, "SEED": 7, "MAX_IMAGES": 32}[change]}
+    status, stdout, stderr = forks.run(folder, EPOCHS=epoch + 1, **changed)
+    assert (status, stderr) == (0, "")
+    assert f"epoch {epoch + 1} begins again" in stdout
+    assert all(f"{name} " in stdout for name in changed)
+    steps = {"BATCH_SIZE": 8, "MAX_IMAGES": 8, "files": 9}.get(change, 10)
+    keys = [tuple(map(int, row.split(",")[:2])) for row in rows_of(folder)]
+    assert keys == sorted(set(keys)) and keys[-1] == (epoch + 1, steps)
+    assert load(folder)["images"] == then + steps * changed.get("BATCH_SIZE", 4)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,521 @@
+"""The download: the real client of Kaggle against a server on loopback, and all that can go wrong on the way."""
+
+import copy
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SCRIPT, flags
+from kaggle_server import serving
+
+NAME = "img_align_celeba/img_align_celeba/{}"
+TABLES = ("list_attr_celeba.csv", "list_bbox_celeba.csv", "list_eval_partition.csv", "list_landmarks_align_celeba.csv")
+SECRETS = ("good-token", "good-key", "c29tZW9uZTpnb29kLWtleQ", "stale-token", "stale-key")
+TABLE_BYTES = 3_200_000  # the client writes whole MiB only
+QUICK = flags(EPOCHS=1)
+
+
+def archive_of(faces, more=()):
+    """Kaggle's archive as bytes: faces as 000001.jpg …, four tables, and the (name or ZipInfo, data) of `more`."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for index, path in enumerate(sorted(faces.glob("*.jpg")), 1):
+            archive.write(path, NAME.format(f"{index:06d}.jpg"))
+        for table in TABLES:
+            archive.writestr(table, random.Random(0).randbytes(TABLE_BYTES if table == TABLES[0] else 100))
+        for member, data in more:
+            archive.writestr(member, data)
+    return memory.getvalue()
+
+
+@pytest.fixture(scope="session")
+def archive(all_faces):
+    return archive_of(all_faces)
+
+
+@pytest.fixture
+def server(archive, workplace):
+    """A Kaggle that serves the archive; `server.home` is for the environment."""
+    with serving(archive) as server:
+        server.home = workplace / "home"
+        server.home.mkdir()
+        yield server
+
+
+def process(server, cwd, *arguments, script=SCRIPT, before=(), **variables):
+    """Start the script against the server."""
+    environment = server.environment(server.home, OMP_NUM_THREADS="1", **variables)
+    command = [*before, *server.command(script, *arguments)]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+
+
+def ended(process, status=0, timeout=120):
+    """(stdout, stderr) of a process that ends with this status, without a traceback or a secret in them."""
+    with process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return checked(out, err, process.returncode, status)
+
+
+def checked(out, err, status, wanted):
+    """(stdout, stderr), when a run has ended as it should."""
+    assert status == wanted, out + err
+    assert "Traceback" not in out + err
+    assert not [secret for secret in SECRETS if secret in out + err]
+    errors = re.findall(r"dcgan\.py: error: .+", err)
+    assert len(errors) == (wanted in (1, 2)), err
+    return out, err
+
+
+class InProcess:
+    """`python dcgan.py` in this process, against `server`; Kaggle's client is imported anew each time."""
+
+    def __init__(self, dcgan, server, monkeypatch, capfd):
+        self.dcgan, self.server, self.monkeypatch, self.capfd = dcgan, server, monkeypatch, capfd
+
+    def __call__(self, *arguments, status=0, **variables):
+        from kagglesdk import kaggle_env
+
+        patch = self.monkeypatch
+        patch.setitem(kaggle_env._env_to_endpoint, kaggle_env.KaggleEnv.LOCAL, self.server.address)
+        for name in [name for name in sys.modules if name.split(".")[0] == "kaggle"]:
+            patch.delitem(sys.modules, name)
+        environment = self.server.environment(self.server.home, VERBOSE="1", **variables)
+        for name in set(os.environ) - set(environment):
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        before = dict(os.environ)
+        self.capfd.readouterr()
+        result = self.dcgan.main(list(arguments))
+        assert dict(os.environ) == before
+        return checked(*self.capfd.readouterr(), result, status)
+
+    def fails(self, *arguments, status=1, **variables):
+        """The error's text, when nothing passes for a data set afterwards."""
+        err = self(*arguments, status=status, **variables)[1]
+        assert not list(Path("data").glob("celeba/**/*.jpg"))
+        return err[err.index("dcgan.py: error: ") :]
+
+
+@pytest.fixture
+def dcgan_run(tiny, server, monkeypatch, capfd):
+    monkeypatch.setattr(tiny, "DATA_DIR", tiny.CELEBA_DIR)
+    monkeypatch.setattr(tiny, "EPOCHS", 1)
+    return InProcess(tiny, server, monkeypatch, capfd)
+
+
+def images(place=Path()):
+    """The names of the images in the data set, when nothing but it is left of the download."""
+    left = {path.name for path in (place / "data").iterdir()} - {"cache", "celeba.lock"}
+    assert left == {"celeba"}
+    files = [path for path in (place / "data/celeba").rglob("*") if not path.is_dir()]
+    assert all(path.is_file() and not path.is_symlink() for path in files)
+    return sorted(path.name for path in files)
+
+
+def ranges(server):
+    return [request[3] for request in server.downloads() if request[3]]
+
+
+FACES = [f"{index:06d}.jpg" for index in range(1, 41)]
+
+# ------------------------------------------------------------------------------------------------- what should work
+
+
+def test_without_an_account_it_downloads_once_says_so_in_a_line_and_trains(server, workplace):
+    out, err = ended(process(server, workplace, *QUICK))
+    assert images(workplace) == FACES and (workplace / "output/generator.pt").is_file()
+    assert [line for line in out.splitlines() if "kaggle" in line.lower()] == out.splitlines()[
+        :1
+    ]  # ours, none of theirs
+    assert re.search(r"^40 images in data/celeba$", out, re.M)
+    assert {request[2] for request in server.requests} == {None}
+
+    server.requests.clear()
+    (workplace / "broken/kaggle").mkdir(parents=True)
+    (workplace / "broken/kaggle/__init__.py").write_text("raise SystemExit('kaggle was imported')")
+    out, err = ended(process(server, workplace, *flags(EPOCHS=2), PYTHONPATH=str(workplace / "broken")))
+    assert server.requests == [] and "kaggle" not in (out + err).lower()
+
+
+@pytest.mark.parametrize(
+    "files, variables",
+    [
+        ({}, {"KAGGLE_API_TOKEN": "good-token\n"}),
+        ({"access_token": "good-token\n"}, {}),
+        ({"kaggle.json": '{"username": "someone", "key": "good-key"}'}, {}),
+        ({}, {"KAGGLE_USERNAME": "someone\n", "KAGGLE_KEY": "good-key\n"}),
+    ],
+    ids=["token variable", "token file", "kaggle.json", "key pair in variables"],
+)
+def test_good_credentials_are_used_newline_or_not(dcgan_run, server, files, variables):
+    server.needs_token = True
+    save_credentials(server.home, files)
+    dcgan_run(**variables)
+    assert images() == FACES
+
+
+@pytest.mark.parametrize(
+    "files, variables",
+    [
+        ({}, {"KAGGLE_API_TOKEN": "stale-token"}),
+        ({"access_token": "stale-token"}, {}),
+        ({"kaggle.json": '{"username": "someone", "key": "stale-key"}'}, {}),
+        ({"kaggle.json": "{not json: stale-key"}, {}),
+        ({}, {"KAGGLE_USERNAME": "someone", "KAGGLE_KEY": "stale-key"}),
+    ],
+    ids=["token variable", "token file", "kaggle.json", "broken kaggle.json", "key pair in variables"],
+)
+def test_stale_credentials_are_no_worse_than_none(dcgan_run, server, files, variables):
+    save_credentials(server.home, files)
+    dcgan_run(**variables)
+    assert images() == FACES and server.requests[-1][2] is None
+    assert {path.name: path.read_text() for path in (server.home / ".kaggle").glob("*")} == files
+
+
+def save_credentials(home, files):
+    (home / ".kaggle").mkdir()
+    for name, text in files.items():
+        (home / ".kaggle" / name).write_text(text)
+        (home / ".kaggle" / name).chmod(0o600)
+
+
+def test_two_runs_at_once_with_a_token_download_once(server, workplace):
+    server.needs_token, account = True, {"KAGGLE_API_TOKEN": "good-token\n", "VERBOSE": "1"}
+    runs = [process(server, workplace, *QUICK, "--output-dir", f"output-{number}", **account) for number in range(2)]
+    try:
+        for run in runs:
+            ended(run)
+    finally:
+        for run in runs:
+            run.kill()
+    assert images(workplace) == FACES and len(server.downloads()) == 1
+
+
+# ------------------------------------------------------------------------------------------------- accounts, network
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_where_kaggle_wants_a_login_it_says_how_and_what_else_there_is(dcgan_run, server, status):
+    server.api_answers = [status] * 9
+    error = dcgan_run.fails(KAGGLE_API_TOKEN="good-token")
+    for needed in (
+        "https://www.kaggle.com/settings",
+        "~/.kaggle/access_token",
+        "KAGGLE_API_TOKEN",
+        "data/celeba",
+        "--demo",
+    ):
+        assert needed in error
+    assert error.count("\n") <= 8
+
+
+def test_a_refused_login_shows_none_of_kaggles_own_text(dcgan_run, server):
+    server.needs_token = True
+    out, err = dcgan_run(KAGGLE_API_TOKEN="stale-token\n", status=1)
+    assert len(out.splitlines()) == 1 and err.startswith("dcgan.py: error: Kaggle wants you to log in"), out + err
+
+
+def test_an_http_error_is_one_line_with_its_number_and_a_cure(dcgan_run, server):
+    for status, cure in {404: "KAGGLE_DATASET", 429: "wait", 500: "later"}.items():
+        server.api_answers = [status] * 9
+        error = dcgan_run.fails()
+        assert str(status) in error and cure in error and error.count("\n") == 1
+    server.api_answers.clear()
+    dcgan_run()
+    assert images() == FACES
+
+
+@pytest.mark.parametrize("status", [403, 503])
+def test_a_storage_that_always_refuses_is_one_line(dcgan_run, server, status):
+    server.storage_answers = [status] * 9
+    error = dcgan_run.fails(KAGGLE_API_TOKEN="good-token")
+    assert "later" in error and error.count("\n") == 1
+
+
+def test_without_a_network_one_line_names_the_demo(dcgan_run, server):
+    server.address = "http://localhost:9"
+    error = dcgan_run.fails(KAGGLE_API_TOKEN="good-token")
+    assert "--demo" in error and "reached" in error and error.count("\n") == 1
+
+
+def test_a_hung_server_is_given_up(dcgan_run, server, monkeypatch):
+    monkeypatch.setattr(dcgan_run.dcgan, "KAGGLE_SECONDS", 1)
+    server.hang, began = [20] * 9, time.monotonic()
+    assert "--demo" in dcgan_run.fails(KAGGLE_API_TOKEN="good-token") and time.monotonic() - began < 15
+
+
+def test_a_server_that_falls_silent_in_the_middle_is_asked_again_for_the_rest(dcgan_run, server, monkeypatch):
+    monkeypatch.setattr(dcgan_run.dcgan, "KAGGLE_SECONDS", 1)
+    server.stalls, began = [2_500_000], time.monotonic()
+    dcgan_run()
+    assert images() == FACES and ranges(server) == ["bytes=2097152-"] and time.monotonic() - began < 30
+
+
+# ------------------------------------------------------------------------------------------------- interruptions
+
+
+def wait_for(condition, process, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, (
+            process.communicate() if process.poll() else "too slow"
+        )
+        time.sleep(0.002)
+
+
+def test_a_killed_or_stopped_download_goes_on_where_it_was(server, workplace):
+    archive = workplace / "data/celeba.download/celeba-dataset.zip"
+    server.stalls = [2_500_000]
+    with process(server, workplace, *QUICK) as run:
+        wait_for(lambda: archive.exists() and archive.stat().st_size == 2 << 20, run)
+        run.kill()
+    assert ranges(server) == []
+
+    server.stalls = [len(server.archive), 1_050_000]  # what a resuming client asks for first, it does not read
+    with process(server, workplace, *QUICK) as run:
+        wait_for(lambda: archive.stat().st_size == 3 << 20, run)
+        run.send_signal(signal.SIGINT)
+        out, err = ended(run, status=130, timeout=20)
+    assert ranges(server) == ["bytes=2097152-"]
+
+    ended(process(server, workplace, *QUICK))
+    assert images(workplace) == FACES and ranges(server)[1:] == ["bytes=3145728-"]
+
+
+def test_a_killed_unpacking_is_never_taken_for_the_data_set(server, workplace):
+    face = (workplace / "faces/000000.jpg").read_bytes()
+    server.archive = archive_of(Path(), [(NAME.format(f"{index:06d}.jpg"), face) for index in range(1, 3_001)])
+    with process(server, workplace, *QUICK) as run:
+        wait_for(lambda: sum(1 for _ in workplace.glob("data/celeba*/**/*.jpg")) > 10, run)
+        run.send_signal(signal.SIGSTOP)
+        unpacked = len(list(workplace.glob("data/celeba*/**/*.jpg")))
+        run.kill()
+    assert 10 < unpacked < 3_000 and not list(workplace.glob("data/celeba/**/*.jpg"))
+    ended(process(server, workplace, *QUICK, "--max-images", 16))
+    assert len(images(workplace)) == 3_000
+
+
+def test_a_cut_connection_goes_on_where_it_was(dcgan_run, server):
+    server.cuts = [1_500_000]
+    dcgan_run()
+    assert images() == FACES and ranges(server) == ["bytes=1048576-"]
+
+
+@pytest.mark.slow
+def test_a_connection_cut_three_times_goes_on_where_it_was(dcgan_run, server):
+    server.cuts = [1_500_000, 1_500_000, 10]
+    dcgan_run()
+    assert images() == FACES and ranges(server) == ["bytes=1048576-", "bytes=2097152-", "bytes=2097152-"]
+
+
+@pytest.mark.slow
+def test_a_connection_cut_for_ever_is_one_line_and_the_next_run_goes_on(dcgan_run, server):
+    server.cuts = [1_500_000] + [10] * 50
+    error = dcgan_run.fails()
+    assert "--demo" in error and error.count("\n") == 1
+    server.cuts.clear()
+    server.requests.clear()
+    dcgan_run()
+    assert images() == FACES and ranges(server) == ["bytes=1048576-"]
+
+
+def test_an_address_that_expired_before_the_rest_came_is_renewed(dcgan_run, server):
+    server.cuts, server.storage_answers = [1_500_000], [200, 403, 403]
+    dcgan_run(KAGGLE_API_TOKEN="good-token")
+    assert images() == FACES
+
+
+# ------------------------------------------------------------------------------------------------- damaged archives
+
+PAGE = b"<html>" + b"sorry " * 10_000
+
+
+def test_an_error_page_left_by_an_earlier_run_is_replaced(dcgan_run, server):
+    Path("data/celeba.download").mkdir(parents=True)
+    Path("data/celeba.download/celeba-dataset.zip").write_bytes(PAGE * 100)  # newer and longer than Kaggle's
+    dcgan_run()
+    assert images() == FACES
+
+
+@pytest.mark.parametrize("broken", ["page", "truncated", "empty"])
+def test_what_is_no_archive_is_fetched_once_more_and_then_given_up(dcgan_run, server, broken):
+    body = {"page": PAGE, "truncated": server.archive[:-9_000], "empty": b""}[broken]
+    server.pages = [body] * 9
+    error = dcgan_run.fails()
+    assert "damaged" in error and error.count("\n") == 1 and len(server.downloads()) == 2
+    server.pages = [body]
+    dcgan_run()
+    assert images() == FACES
+
+
+def changed(archive, name, offset_there, offset_here, value, size):
+    """An archive with a field of a member's two headers changed: in the central directory, and before the data."""
+    data, number = bytearray(archive), value.to_bytes(size, "little")
+    central = data.rindex(NAME.format(name).encode()) - 46
+    assert data[central : central + 4] == b"PK\1\2"
+    local = int.from_bytes(data[central + 42 : central + 46], "little")
+    data[central + offset_there : central + offset_there + size] = number
+    data[local + offset_here : local + offset_here + size] = number
+    return bytes(data)
+
+
+DAMAGE = {  # offsets as in PKWARE's APPNOTE 4.3
+    "encrypted": (8, 6, 1, 2),
+    "unknown compression": (10, 8, 98, 2),
+    "wrong checksum": (16, 14, 12345, 4),
+    "shorter than its data": (24, 22, 100, 4),
+    "not compressed, it says": (10, 8, 8, 2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_member_that_cannot_be_unpacked_is_one_line(dcgan_run, server, damage):
+    server.archive = changed(server.archive, FACES[20], *DAMAGE[damage])
+    error = dcgan_run.fails()
+    assert "damaged" in error and error.count("\n") == 1 and len(server.downloads()) == 2
+
+
+def test_a_member_larger_than_any_disk_is_one_line(dcgan_run, server):
+    huge = zipfile.ZipInfo(NAME.format("000050.jpg"))
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        archive.writestr(huge, b"x")
+        archive.filelist[0].file_size = 1 << 50
+    server.archive = memory.getvalue()
+    error = dcgan_run.fails()
+    assert error.count("\n") == 1 and ("1048576.0 GiB" in error.replace(",", "") or "damaged" in error)
+
+
+def test_an_archive_without_images_is_one_line(dcgan_run, server):
+    server.archive = archive_of(Path())
+    error = dcgan_run.fails()
+    assert "no images" in error and error.count("\n") == 1
+
+
+def test_only_plain_images_come_out_of_a_hostile_archive(dcgan_run, server, workplace, all_faces):
+    face = (all_faces / "000000.jpg").read_bytes()
+    link = zipfile.ZipInfo(NAME.format("000903.jpg"))
+    link.external_attr = 0o120777 << 16
+    members = [
+        ("../000901.jpg", face),
+        ("../../../../000901.jpg", face),
+        (f"{workplace}/000902.jpg", face),
+        (link, b"/etc/passwd"),
+        (NAME.format("٠٠٠٩٠٤.jpg"), face),
+        (NAME.format("000905.jpg/"), b""),
+        (NAME.format("..\\..\\000906.jpg"), face),
+        (NAME.format("000907.jpg.exe"), b"MZ"),
+        (NAME.format("000908.JPG"), face),
+        (NAME.format("0000909.jpg"), face),
+        (NAME.format(f"{'deep/' * 500}000910.jpg"), face),
+        (".kaggle/kaggle.json", b"{}"),
+        ("twice/000001.jpg", face),
+        *((f"more/{index}.txt", b"") for index in range(2_000)),
+    ]
+    server.archive = archive_of(all_faces, members)
+    before = set(workplace.parent.rglob("*"))
+    dcgan_run()
+    new = set(images()) - set(FACES)
+    assert new <= {"000901.jpg", "000902.jpg", "000903.jpg", "000905.jpg", "000910.jpg"}
+    places = {path.relative_to(workplace).parts[0] for path in set(workplace.parent.rglob("*")) - before}
+    assert places <= {"data", "output", "home"} and not any((workplace / "home").rglob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["{:06d}.txt", "000999.jpg"], ids=["no images", "one image over and over"])
+def test_a_million_more_members_take_less_than_two_minutes(dcgan_run, server, all_faces, name):
+    memory = io.BytesIO(archive_of(all_faces))
+    with zipfile.ZipFile(memory, "a") as archive:
+        archive.writestr(NAME.format("000999.jpg"), (all_faces / "000000.jpg").read_bytes())
+        for index in range(1_000_000):
+            member = copy.copy(archive.filelist[-1])
+            member.filename = member.orig_filename = NAME.format(name.format(index))
+            archive.filelist.append(member)
+    server.archive, began = memory.getvalue(), time.monotonic()
+    dcgan_run()
+    assert images() == [*FACES, "000999.jpg"] and time.monotonic() - began < 120
+
+
+# ------------------------------------------------------------------------------------------------- this machine
+
+SMALL_DISK = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import dcgan
+for dcgan.CELEBA_BYTES in map(int, sys.argv[1].split(",")):
+    status = dcgan.main(sys.argv[2:])
+    print("status", status, file=sys.stderr)
+"""
+
+
+def on_a_small_disk(server, workplace, megabytes, sizes):
+    """stderr of runs with `data` on a disk of its own, with CELEBA_BYTES at each of these sizes."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("only root of a Linux may mount a small disk")
+    (workplace / "data").mkdir()
+    (workplace / "launch.py").write_text(SMALL_DISK)
+    mount = f'mount -t tmpfs -o size={megabytes}m none data && exec "$@"'
+    run = process(
+        server,
+        workplace,
+        sizes,
+        *QUICK,
+        script=workplace / "launch.py",
+        before=["unshare", "-m", "sh", "-c", mount, "sh"],
+    )
+    out, err = run.communicate(timeout=300)
+    assert run.returncode == 0 and "Traceback" not in out + err, out + err
+    assert not [secret for secret in SECRETS if secret in out + err]
+    return re.split(r"status (?=\d)", err)
+
+
+def test_a_disk_that_is_too_small_is_named_with_both_sizes(server, workplace, all_faces):
+    large = zipfile.ZipInfo(NAME.format("000999.jpg"))
+    large.compress_type = zipfile.ZIP_DEFLATED
+    server.archive = archive_of(all_faces, [(large, bytes(80 << 20))])
+    before, unpacking, end = on_a_small_disk(server, workplace, 40, "2900000000,0")
+    assert re.search(r"error: CelebA needs 2\.7 GiB .*data.* 40\.0 MiB free.*\n$", before)
+    assert re.search(r"error: .*needs 80\.\d MiB .*data.* 3\d\.\d MiB free.*\n$", unpacking) and unpacking.startswith(
+        "1\n"
+    )
+    assert end == "1\n"
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_during_the_download_is_one_line(server, workplace):
+    filled, end = on_a_small_disk(server, workplace, 2, "0")
+    assert re.search(r"error: .*[Nn]o space left.*\n$", filled) and end == "1\n"
+
+
+@pytest.mark.parametrize("missing", ["six", "kaggle"])
+def test_a_missing_module_is_named(dcgan_run, server, monkeypatch, missing):
+    Path("broken").mkdir()
+    text = f"raise ModuleNotFoundError(\"No module named '{missing}'\", name={missing!r})"
+    Path(f"broken/{missing}.py").write_text(text)
+    monkeypatch.syspath_prepend(Path("broken").resolve())
+    monkeypatch.delitem(sys.modules, missing, raising=False)
+    error = dcgan_run.fails()
+    assert f"module {missing} is missing" in error and "requirements.txt" in error and error.count("\n") == 1
+    assert server.requests == []
+
+
+def test_another_folder_is_never_downloaded_into(dcgan_run, server):
+    Path("empty").mkdir()
+    for folder in ("missing", "empty"):
+        error = dcgan_run.fails("--data-dir", folder, status=2)
+        assert folder in error and error.count("\n") == 1
+    assert server.requests == [] and not Path("missing").exists() and not any(Path("empty").iterdir())

@@ -1,0 +1,233 @@
+"""The networks, their loss, one training step, and the average of the generator."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from torch import nn
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+CPU = torch.device("cpu")
+
+
+def shapes(network, *inputs):
+    """The shapes that leave each convolution."""
+    seen = []
+    for module in network.modules():
+        if isinstance(module, CONVOLUTIONS):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
+    return network(*inputs), seen
+
+
+def batch(size=TINY["IMAGE_SIZE"], seed=0):
+    """(faces, flips, latents) as the training step takes them."""
+    numbers = torch.Generator().manual_seed(seed)
+    faces = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8, generator=numbers)
+    flips = torch.rand(8, 1, 1, 1, generator=numbers) < 0.5
+    return faces, flips, torch.randn(8, TINY["LATENT_SIZE"], 1, 1, generator=numbers)
+
+
+def frozen(network):
+    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+
+def equal(before, network, names=None):
+    now = network.state_dict()
+    return all(torch.equal(before[name], now[name]) for name in names or before)
+
+
+def trainer(dcgan, dtype=torch.float32, **constants):
+    for name, value in constants.items():
+        setattr(dcgan, name, value)
+    return dcgan.Trainer(CPU, dtype)
+
+
+# ------------------------------------------------------------------------------------------------- architecture
+
+
+@pytest.mark.parametrize("size", [32, 64, 128, 256])
+def test_layers_double_from_4_x_4_to_the_image_and_back(tiny, size):
+    images, up = shapes(tiny.Generator(size, 10, 4).eval(), torch.randn(2, 10, 1, 1))
+    logits, down = shapes(tiny.Discriminator(size, 4).eval(), images)
+    assert images.shape == (2, 3, size, size) and images.abs().max() <= 1 and logits.shape == (2,)
+    inner = up[:-1]
+    assert [side for _, side, _ in up] == [2**level for level in range(2, size.bit_length())]
+    assert inner[-1][0] == 4 and max(width for width, *_ in inner) == min(32, size // 2)
+    assert all(before in (after, 2 * after) for (before, *_), (after, *_) in itertools.pairwise(inner))
+    assert down == [*inner[::-1], (1, 1, 1)]
+
+
+def test_the_defaults_are_the_papers_networks():
+    import dcgan
+
+    generator = dcgan.Generator(dcgan.IMAGE_SIZE, dcgan.LATENT_SIZE, dcgan.G_FEATURES)
+    discriminator = dcgan.Discriminator(dcgan.IMAGE_SIZE, dcgan.D_FEATURES)
+    images, up = shapes(generator, torch.randn(2, 100, 1, 1))
+    _, down = shapes(discriminator, images)
+    assert up == [(512, 4, 4), (256, 8, 8), (128, 16, 16), (64, 32, 32), (3, 64, 64)]
+    assert down == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (1, 1, 1)]
+    count = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
+    assert count == [3_576_704 + 3, 2_765_568 + 64 + 1]  # the well-known counts, and biases where no BatchNorm follows
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_details_are_the_papers(tiny, size):
+    generator, discriminator = tiny.Generator(size, 10, 4), tiny.Discriminator(size, 4)
+    for network in (generator, discriminator):
+        layers = [layer for layer in network.modules() if not list(layer.children())]
+        for layer, following in itertools.pairwise([*layers, None]):
+            if isinstance(layer, CONVOLUTIONS):
+                normed = isinstance(following, nn.BatchNorm2d)
+                assert layer.kernel_size == (4, 4) and (layer.bias is None) == normed
+                inner = 1 not in (layer.in_channels, layer.out_channels) and layer.in_channels != 10
+                assert not inner or (layer.stride, layer.padding) == ((2, 2), (1, 1))
+            if isinstance(layer, nn.LeakyReLU):
+                assert layer.negative_slope == 0.2
+        first, last = (next(c for c in order if isinstance(c, CONVOLUTIONS)) for order in (layers, layers[::-1]))
+        assert (last if network is generator else first).bias is not None and last.bias is not None
+    kinds = [{type(layer) for layer in network.modules()} for network in (generator, discriminator)]
+    assert {nn.ReLU, nn.Tanh} <= kinds[0] and nn.LeakyReLU not in kinds[0]
+    assert nn.LeakyReLU in kinds[1] and not {nn.ReLU, nn.Sigmoid} & kinds[1]  # logits, not probabilities
+
+
+def test_first_weights_are_normal_with_deviation_0_02(tiny):
+    made = trainer(tiny, IMAGE_SIZE=64, LATENT_SIZE=100, G_FEATURES=64, D_FEATURES=64)
+    for network in (made.generator, made.discriminator):
+        gains = torch.cat([m.weight for m in network.modules() if isinstance(m, nn.BatchNorm2d)]).detach()
+        for module in network.modules():
+            if isinstance(module, CONVOLUTIONS):
+                spread = module.weight.detach() / 0.02
+                loose = 6 / math.sqrt(spread.numel())
+                assert spread.mean().item() == pytest.approx(0, abs=loose)
+                assert spread.std().item() == pytest.approx(1, abs=loose)
+                assert (spread.abs() < 1).float().mean().item() == pytest.approx(0.6827, abs=loose)  # not uniform
+            if getattr(module, "bias", None) is not None:
+                assert not module.bias.any()
+        assert gains.mean().item() == pytest.approx(1, abs=0.004)
+        assert gains.std().item() == pytest.approx(0.02, rel=0.15)
+    assert equal(frozen(made.generator), trainer(tiny).generator)  # SEED decides
+    assert not equal(frozen(made.generator), trainer(tiny, SEED=1).generator)
+
+
+# --------------------------------------------------------------------------------------------------------- loss
+
+
+def test_the_loss_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(tiny):
+    for target in (0.0, 1.0):
+        logits = torch.tensor([-100.0, -17.0, 0.0, 17.0, 100.0], requires_grad=True)
+        loss = tiny.bce(logits, target)
+        loss.backward()
+        torch.testing.assert_close(loss, F.softplus(logits * (1 - 2 * target)).mean())
+        assert torch.allclose(logits.grad, (logits.sigmoid() - target) / 5)
+        assert (logits.grad.abs()[[0, 1] if target else [3, 4]] > 0.19).all()
+
+
+def test_a_step_descends_the_papers_losses_with_non_saturating_generator(tiny):
+    made = trainer(tiny, LEARNING_RATE=0, REAL_LABEL=0.9)  # both networks stand still: all can be computed again
+    generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
+    faces, flips, latents = batch()
+    made.step(faces, flips, latents)
+
+    reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
+    fakes = generator(latents)
+    real, fake = discriminator(reals), discriminator(fakes.detach())
+    loss_d = F.binary_cross_entropy(real.sigmoid(), torch.full((8,), 0.9)) - (1 - fake.sigmoid()).log().mean()
+    loss_d.backward()
+    of_d = [p.grad.clone() for p in discriminator.parameters()]
+    loss_g = -discriminator(fakes).sigmoid().log().mean()
+    loss_g.backward()
+    wanted = torch.stack([loss_d, loss_g, real.sigmoid().mean(), fake.sigmoid().mean()])
+    torch.testing.assert_close(made.totals, wanted.detach(), rtol=1e-4, atol=1e-5)
+    for network, gradients in ((made.discriminator, of_d), (made.generator, [p.grad for p in generator.parameters()])):
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- step
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_gradient_reaches_every_parameter(tiny, size):
+    made = trainer(tiny, IMAGE_SIZE=size)
+    made.step(*batch(size))
+    for network in (made.generator, made.discriminator):
+        for name, parameter in network.named_parameters():
+            assert parameter.requires_grad and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("moving", ["generator", "discriminator"])
+def test_the_step_of_one_network_leaves_the_other_alone(tiny, moving):
+    rates = (1e-3, 0) if moving == "generator" else (0, 1e-3)
+    made = trainer(tiny, LEARNING_RATE=rates[0], D_LEARNING_RATE=rates[1])
+    before = {name: frozen(getattr(made, name)) for name in ("generator", "discriminator")}
+    for number in range(3):
+        made.step(*batch(seed=number))
+    for name, tensors in before.items():
+        network = getattr(made, name)
+        for parameter, _ in network.named_parameters():
+            assert equal(tensors, network, [parameter]) == (name != moving), (name, parameter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_touches_nothing_else(tiny, dtype):
+    made = trainer(tiny, dtype)
+    inputs, average, state, images = batch(), frozen(made.average), torch.get_rng_state(), made.images
+    kept = [tensor.clone() for tensor in inputs]
+    made.step(*inputs)
+    assert all(torch.equal(*pair) for pair in zip(inputs, kept)) and equal(average, made.average)
+    assert torch.equal(state, torch.get_rng_state()) and made.images == images
+    assert made.generator.training and made.discriminator.training and not made.average.training
+    assert all(
+        p.dtype == torch.float32 for network in (made.generator, made.discriminator) for p in network.parameters()
+    )
+    assert not any(p.requires_grad for p in made.average.parameters())
+    statistics = [m for m in made.discriminator.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {m.num_batches_tracked.item() for m in statistics} == {3}  # real, fake, and fake again for the generator
+
+
+def test_steps_follow_from_the_seed_and_the_batches_alone(tiny):
+    made = trainer(tiny)
+    torch.rand(99)
+    again = trainer(tiny)
+    for number in range(3):
+        made.advance(*batch(seed=number))
+        torch.rand(99)
+        again.advance(*batch(seed=number))
+    for name in ("generator", "discriminator", "average"):
+        assert equal(frozen(getattr(made, name)), getattr(again, name))
+
+
+def test_weights_and_what_the_optimizers_keep_are_channels_last(tiny):
+    made = trainer(tiny)
+    made.advance(*batch())
+    for network, optimizer in zip((made.generator, made.discriminator), made.optimizers):
+        for parameter in network.parameters():
+            moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+            for tensor in (parameter, *moments) if parameter.dim() == 4 else ():
+                assert tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+# ------------------------------------------------------------------------------------------------------ average
+
+
+@pytest.mark.parametrize("half_life, images", [(16, 10**6), (5000, 10**6), (5000, 312), (0, 10**6)])
+def test_the_average_covers_weights_and_statistics_with_the_documented_half_life(tiny, half_life, images):
+    made = trainer(tiny, EMA_IMAGES=half_life)
+    with torch.no_grad():
+        for tensor in made.average.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape) * 9 if tensor.is_floating_point() else torch.tensor(77))
+    made.images, wanted = images, frozen(made.average)
+    for number in range(4):
+        made.advance(*batch(seed=number))
+        documented = min(half_life, 0.05 * (images + 8 * (number + 1)))
+        keep = 0.5 ** (8 / documented) if documented else 0
+        for name, tensor in made.generator.state_dict().items():
+            wanted[name] = keep * wanted[name] + (1 - keep) * tensor if tensor.is_floating_point() else tensor.clone()
+    assert made.images == images + 32
+    for name, tensor in made.average.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert {t.item() for n, t in made.average.state_dict().items() if "tracked" in n} == {4}

@@ -1,0 +1,230 @@
+"""What a run shows: samples, losses.png, real_vs_fake.png, training.gif, metrics.csv, and its advice."""
+
+import csv
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import flags, run
+from PIL import Image, ImageChops
+from torchvision.utils import make_grid
+
+import dcgan
+
+
+def picture(path):
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return image.convert("RGB")
+
+
+def film(path="output/training.gif"):
+    """(frames, milliseconds of each) of a GIF."""
+    with Image.open(path) as image:
+        assert image.format == "GIF" and image.info["loop"] == 0  # for ever
+        frames, times = [], []
+        for index in range(image.n_frames):
+            image.seek(index)
+            frames.append(image.convert("RGB"))
+            times.append(image.info["duration"])
+    return frames, times
+
+
+def rows(folder="output"):
+    with open(f"{folder}/metrics.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
+def varied(image):
+    return np.asarray(image).std() > 5
+
+
+def same(one, two):
+    return one.size == two.size and ImageChops.difference(one, two).getbbox() is None
+
+
+# -------------------------------------------------------------------------------------------------------- a run
+
+
+def test_a_run_leaves_all_its_pictures_even_with_a_backend_that_is_not_there(workplace, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.chdir(workplace)
+    done = run(*flags(DATA_DIR="faces", LOG_EVERY=2), cwd=workplace, env={"MPLBACKEND": "module://no_such_backend.x"})
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert sorted(os.listdir("output/samples")) == [f"epoch_00{epoch}.png" for epoch in range(3)]
+    for epoch in range(3):
+        assert picture(f"output/samples/epoch_00{epoch}.png").size == (8 * 34 + 2, 8 * 34 + 2)
+    for name in ("losses.png", "real_vs_fake.png"):
+        assert min(picture(f"output/{name}").size) >= 500 and varied(picture(f"output/{name}"))
+    frames, times = film()
+    assert len(frames) == 3 and times[-1] >= 2000 > max(times[:-1])
+    assert not list(workplace.rglob("*.part"))
+
+    header, *numbers = rows()
+    assert ",".join(header) == "epoch,step,images,loss_d,loss_g,d_real,d_fake,images_per_second"
+    assert [list(map(int, row[:3])) for row in numbers] == [
+        [1, 2, 16], [1, 4, 32], [1, 5, 40], [2, 2, 56], [2, 4, 72], [2, 5, 80],
+    ]  # fmt: skip
+    for *_, loss_d, loss_g, d_real, d_fake, speed in (map(float, row) for row in numbers):
+        assert 0 < loss_d < 10 and 0 < loss_g < 10 and 0 < d_real < 1 and 0 < d_fake < 1 and speed > 1
+    assert b"\r" not in open("output/metrics.csv", "rb").read()
+
+
+def test_the_pictures_of_a_resumed_run_are_those_of_one_that_was_not_stopped(tiny):
+    assert dcgan.main(["--epochs", "3", "--output-dir", "whole"]) == 0
+    assert dcgan.main(["--epochs", "1"]) == 0
+    assert dcgan.main(["--epochs", "3"]) == 0
+    assert [row[:7] for row in rows()] == [row[:7] for row in rows("whole")] and len(rows()) == 1 + 3 * 3
+    for name in ("losses.png", "real_vs_fake.png", "samples/epoch_000.png", "samples/epoch_003.png"):
+        assert same(picture(f"output/{name}"), picture(f"whole/{name}")), name
+    (resumed, times), (whole, other) = film(), film("whole/training.gif")
+    assert len(resumed) == 4 and times == other and all(same(*pair) for pair in zip(resumed, whole))
+    dcgan.EPOCHS = 4  # and losses.png does go on
+    before = picture("output/losses.png")
+    dcgan.train()
+    assert not same(before, picture("output/losses.png")) and len(film()[0]) == 5
+
+
+def test_samples_are_drawn_by_the_averaged_generator_from_noise_that_stays(tiny):
+    """In eval mode: in train mode an image would depend on its batch."""
+    tiny.LEARNING_RATE = 0.03
+    tiny.train()
+    state = torch.load("output/checkpoint.pt", weights_only=True)
+    generator = tiny.Generator(32, 8, 4).eval()
+    for weights, drawn in (("generator", False), ("ema", True)):
+        generator.load_state_dict(state[weights])
+        with torch.no_grad():
+            images = generator(state["fixed_noise"]).add(1).div(2)
+        tiny.to_pil_image(make_grid(images, 8)).save("again.png")
+        difference = ImageChops.difference(picture("again.png"), picture("output/samples/epoch_002.png"))
+        assert (max(high for _, high in difference.getextrema()) <= 1) == drawn
+    small = torch.load("output/generator.pt", weights_only=True)
+    assert all(torch.equal(tensor, state["ema"][name]) for name, tensor in small["ema"].items())
+
+
+def test_a_fresh_run_in_a_used_folder_films_itself_alone(tiny):
+    assert dcgan.main(["--epochs", "4"]) == 0
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        os.remove(f"output/{name}")
+    assert dcgan.main(["--epochs", "1", "--seed", "1"]) == 0
+    assert len(film()[0]) == 2 and len(rows()) == 1 + 3
+
+
+def test_the_pictures_show_the_images_trained_on_beside_the_generators(tiny):
+    """real_vs_fake.png: the left half is the same whatever was trained, the right half is not."""
+    tiny.EPOCHS = 1
+    tiny.train()
+    one = picture("output/real_vs_fake.png")
+    for part in ("checkpoint.pt", "checkpoint.previous.pt"):
+        if os.path.exists(f"output/{part}"):
+            os.remove(f"output/{part}")
+    tiny.G_FEATURES, tiny.LEARNING_RATE = 8, 0.05
+    tiny.train()
+    two, middle = picture("output/real_vs_fake.png"), one.width // 2
+    left, right = (0, 0, middle, one.height), (middle, 0, one.width, one.height)
+    assert same(one.crop(left), two.crop(left)) and not same(one.crop(right), two.crop(right))
+    colours = np.asarray(one.crop(left)).reshape(-1, 3)
+    assert len(np.unique(colours[colours.std(1) > 10], axis=0)) > 500  # faces, in colour
+
+
+# -------------------------------------------------------------------------------------------------------- film
+
+
+def samples(number, draw, every=1):
+    """The samples of `number` epochs, as a run leaves them; `draw(epoch)` gives a grid's pixels."""
+    os.makedirs("output/samples", exist_ok=True)
+    for epoch in range(0, number * every, every):
+        Image.fromarray(draw(epoch)).save(f"output/samples/epoch_{epoch:03d}.png", compress_level=1)
+
+
+def flat(epoch):
+    return np.full((274, 274, 3), epoch % 256, np.uint8)
+
+
+@pytest.mark.parametrize("epochs, length", [(1, 1), (2, 2), (41, 41), (60, 60), (61, 60), (150, 60)])
+def test_the_film_has_a_frame_an_epoch_up_to_60_and_rests_on_the_last(tiny, epochs, length):
+    samples(epochs, flat)
+    tiny.draw_film(2_000)
+    frames, times = film()
+    shades = [frame.getpixel((166, 166))[0] for frame in frames]
+    assert len(frames) == length and shades[0] == 0 and shades[-1] == epochs - 1 and shades == sorted(shades)
+    assert times[-1] >= 2000 and all(20 < shown < 2000 for shown in times[:-1])
+    gaps = np.diff(shades)
+    assert not len(gaps) or gaps.max() - gaps.min() <= 1  # evenly chosen
+
+
+def test_the_film_of_a_long_noisy_run_stays_under_3_megabytes(tiny):
+    numbers = np.random.default_rng(0)
+    samples(3, lambda epoch: numbers.integers(0, 256, (530, 530, 3), np.uint8))
+    for epoch in range(3, 150):
+        os.link(f"output/samples/epoch_{epoch % 3:03d}.png", f"output/samples/epoch_{epoch:03d}.png")
+    tiny.draw_film(2_000)
+    frames, times = film()
+    assert os.path.getsize("output/training.gif") < 3_000_000
+    assert 8 <= len(frames) <= 60 and times[-1] >= 2000
+
+
+def test_the_film_of_a_thousand_epochs_is_in_order(tiny):
+    samples(11, lambda epoch: flat(epoch // 10), every=100)
+    samples(1, lambda epoch: flat(200))
+    os.rename("output/samples/epoch_000.png", "output/samples/epoch_1001.png")
+    tiny.draw_film(2_000)
+    shades = [frame.getpixel((166, 166))[0] for frame in film()[0]]
+    assert shades == [10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200]
+
+
+def test_a_strangers_file_among_the_samples_does_not_stop_a_run(tiny):
+    os.makedirs("output/samples")
+    for name in ("epoch_007 (copy).png", "epoch_best.png", "notes.txt"):
+        (dcgan.Path("output/samples") / name).write_text("not a picture")
+    assert tiny.main([]) == 0
+    assert len(film()[0]) == 3
+
+
+# ------------------------------------------------------------------------------------------------------ advice
+
+
+def told(rows, diversity):
+    return list(dcgan.advice(rows, diversity) or ())
+
+
+def epoch_of(d_real, d_fake, loss_d=1.0, loss_g=2.0):
+    """An epoch's rows of metrics.csv."""
+    return [[3, step, 640 * step, loss_d, loss_g, d_real, d_fake, 100.0] for step in range(20, 200, 20)]
+
+
+def constants(line):
+    return [name for name in dcgan.settings() if name in line]
+
+
+def test_a_discriminator_that_has_won_is_named_with_numbers_and_what_to_change():
+    [line] = told(epoch_of(0.995, 0.004, 0.01, 8.0), 1.0)
+    assert "discriminator has won" in line and "0.995" in line and "0.004" in line and "\n" not in line
+    assert {"D_LEARNING_RATE", "REAL_LABEL"} <= set(constants(line))
+
+
+def test_mode_collapse_is_named_with_its_number_and_what_to_change():
+    [line] = told(epoch_of(0.7, 0.3), 0.12)
+    assert "collapse" in line and "0.12" in line and "\n" not in line and constants(line)
+
+
+def test_both_are_told_and_a_healthy_epoch_is_met_with_silence():
+    assert len(told(epoch_of(0.995, 0.004), 0.1)) == 2
+    for d_real, d_fake, loss_g in (
+        (0.5, 0.5, 0.7),
+        (0.8, 0.2, 2.0),
+        (0.9, 0.1, 4.0),
+        (0.95, 0.3, 5.0),
+        (0.6, 0.02, 6.0),
+    ):
+        assert told(epoch_of(d_real, d_fake, loss_g=loss_g), 0.9) == []
+    mixed = epoch_of(0.999, 0.001)[:3] + epoch_of(0.7, 0.3)[3:]  # won for a moment only
+    assert told(mixed, 0.9) == []
+
+
+def test_diversity_is_1_for_the_same_images_and_0_for_copies(tiny):
+    faces = tiny.load_faces()[0].float() / 255
+    assert tiny.diversity(faces) > 0.05
+    assert tiny.diversity(faces[:1].repeat(40, 1, 1, 1)) < 1e-3
+    assert tiny.diversity(faces[:2].repeat(20, 1, 1, 1)) < 0.9 * tiny.diversity(faces)
