@@ -18,7 +18,6 @@ settings, data, networks, training step, checkpoints, pictures, training, using 
 import argparse
 import contextlib
 import copy
-import csv
 import ctypes
 import difflib
 import hashlib
@@ -32,6 +31,7 @@ import random
 import re
 import shutil
 import signal
+import stat
 import sys
 import threading
 import time
@@ -44,12 +44,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import nn
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------------- settings
 
@@ -66,12 +68,9 @@ class Setting(NamedTuple):
 
     def allowed(self):
         """The range in words."""
-        if self.choices:
-            text = f"one of {', '.join(map(str, self.choices))}"
-        elif self.kind is str:
-            text = "a name" if self.form == ".+" else f"text of the form {self.form}"
-        else:
-            text = f"a {'whole ' * (self.kind is int)}number from {self.low:,} to {self.high:,}"
+        number = f"a {'whole ' * (self.kind is int)}number from {self.low:,} to {self.high:,}"
+        text = "a name" if self.form == ".+" else f"text of the form {self.form}"
+        text = f"one of {', '.join(map(str, self.choices))}" if self.choices else text if self.kind is str else number
         return text + " or None" * self.optional
 
     def check(self, name, value):
@@ -81,11 +80,8 @@ class Setting(NamedTuple):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             typed = os.fspath(value) if self.kind is str else self.kind(value)
             exact = isinstance(value, str) or self.kind is str or (typed == value and not isinstance(value, bool))
-            if self.choices:
-                fits = typed in self.choices
-            else:
-                fits = re.fullmatch(self.form, typed) if self.kind is str else self.low <= typed <= self.high
-            if exact and fits:
+            formed = re.fullmatch(self.form, typed) if self.kind is str else self.low <= typed <= self.high
+            if exact and (typed in self.choices if self.choices else formed):
                 return typed
         raise ValueError(f"{name} ({flag(name)}) is {one_line(repr(value))}; it must be {self.allowed()}")
 
@@ -132,17 +128,14 @@ KAGGLE_DATASET: Setting(str, form=r"[\w-]+/[\w-]+") = "jessicali9530/celeba-data
 DEMO = {"DATA_DIR": "data/demo", "OUTPUT_DIR": "output-demo", "EPOCHS": 12, "G_FEATURES": 32, "D_FEATURES": 32}
 NETWORK_SETTINGS = ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES", "D_FEATURES")
 ORDER_SETTINGS = ("BATCH_SIZE", "SEED", "MAX_IMAGES")
-
-
-def settings():
-    """{name: Setting} of the constants above."""
-    annotations = inspect.get_annotations(sys.modules[__name__])
-    return {name: setting for name, setting in annotations.items() if isinstance(setting, Setting)}
+SETTINGS = {name: it for name, it in inspect.get_annotations(sys.modules[__name__]).items() if isinstance(it, Setting)}
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # processes that torchrun has started
+RANK = int(os.environ.get("RANK") or 0)  # this one's number; 0 draws, logs and saves
 
 
 def values():
     """{name: value} of the constants above, as they are now."""
-    return {name: globals()[name] for name in settings()}
+    return {name: globals()[name] for name in SETTINGS}
 
 
 def flag(name):
@@ -151,13 +144,13 @@ def flag(name):
 
 def check_settings():
     """Check every constant before any work is done. Raises ValueError that names the constant, its value and range."""
-    for name, setting in settings().items():
+    for name, setting in SETTINGS.items():
         globals()[name] = setting.check(name, globals()[name])
     data, output = Path(DATA_DIR).resolve(), Path(OUTPUT_DIR).resolve()
     if data in (output, *output.parents):
         raise ValueError(f"OUTPUT_DIR ({OUTPUT_DIR}) lies in DATA_DIR ({DATA_DIR}); move it, or samples are trained on")
-    if BATCH_SIZE % world_size():
-        raise ValueError(f"BATCH_SIZE is {BATCH_SIZE}; it must be a multiple of the {world_size()} processes")
+    if BATCH_SIZE % WORLD_SIZE:
+        raise ValueError(f"BATCH_SIZE is {BATCH_SIZE}; it must be a multiple of the {WORLD_SIZE} processes")
 
 
 @contextlib.contextmanager
@@ -169,16 +162,6 @@ def changed_settings(changes):
         yield
     finally:
         globals().update(before)
-
-
-def world_size():
-    """The number of processes that torchrun started, or 1."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank():
-    """This process's number; rank 0 draws, logs and saves."""
-    return int(os.environ.get("RANK", 0))
 
 
 def seed_for(*parts):
@@ -193,37 +176,49 @@ def notebook():
 
 def progress_bar(*args, **options):
     """A tqdm bar, in a notebook a notebook's; none where nobody would see it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of missing ipywidgets
-        from tqdm.auto import tqdm
-    hidden = rank() > 0 or not (sys.stderr.isatty() or notebook())
-    return tqdm(*args, disable=hidden, dynamic_ncols=True, **options)
+    with warnings.catch_warnings(action="ignore"):  # of missing ipywidgets
+        from tqdm import auto
+    hidden = RANK > 0 or not (sys.stderr.isatty() or notebook())
+    return auto.tqdm(*args, disable=hidden, dynamic_ncols=True, **options)
 
 
 def say(text):
     """Print a line, above any progress bar, on rank 0; a terminal that has gone away is no reason to stop."""
-    from tqdm import tqdm
-
     with contextlib.suppress(OSError, ValueError):
-        if rank() == 0:
+        if RANK == 0:
             tqdm.write(text)
             sys.stdout.flush()
 
 
-def write_file(path, data):
-    """Write bytes beside `path`, flush them and rename: a kill or a full disk leaves the old file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def one_line(error):
+    """An error, or other text, in one line that is not too long."""
+    return re.sub(r"\s+", " ", str(error))[:120] or type(error).__name__
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write beside `path`, which takes that name when all is written: the old file stays whole until then."""
     part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_file(path, write):
+    """Let `write(file)` replace `path`, by way of memory: to a full disk torch.save itself gives no honest OSError."""
+    buffer = io.BytesIO()
+    write(buffer)
+    with replacing(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def need_space(folder, size, what):
@@ -234,24 +229,16 @@ def need_space(folder, size, what):
         raise OSError(f"{what} needs {sizes[0]} on the disk of {folder}, which has {sizes[1]} free; make room there")
 
 
-@contextlib.contextmanager
 def locked(path, waiting=None):
-    """Hold the lock file `path`: wait for it after saying `waiting`, or raise OSError if that is None."""
-    from filelock import FileLock, Timeout
-
+    """A context that holds the lock file `path`: after saying `waiting`, it waits; OSError if that is None."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return FileLock(path).acquire(timeout=0)
     except Timeout:
         if waiting is None:
             raise OSError(f"{path.parent} is in use by another run; wait for that one, or change OUTPUT_DIR") from None
-        say(waiting)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    say(waiting)
+    return FileLock(path).acquire()
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -265,67 +252,60 @@ KAGGLE_HELP = """Kaggle wants you to log in for {}. Either
   - run with --demo, which needs no account."""
 
 
-@contextlib.contextmanager
-def filling(folder):
-    """An empty folder to put images into, which move to `folder` when `with` ends: all of them or none.
-
-    One process at a time; None if `folder` has images.
-    """
-    with locked(folder.with_name(folder.name + ".lock"), f"another process is filling {folder}; waiting for it"):
-        if has_images(folder):
-            yield None
-            return
-        part = folder.with_name(folder.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        folder.mkdir(exist_ok=True)
-        say(f"{len(os.listdir(part)):,} images in {folder}")
-        os.replace(part, folder / "images")
-
-
 def download_celeba():
     """Download KAGGLE_DATASET into DATA_DIR, unless images are there, and return that folder.
 
     With the user's Kaggle credentials if they are good, else without. Raises OSError if Kaggle, network or disk fail.
     """
-    folder = Path(DATA_DIR)
-    downloads = folder.with_name(folder.name + ".download")
-    archive = downloads / (KAGGLE_DATASET.split("/")[1] + ".zip")
-    with filling(folder) as part:
-        for attempt in (1, 2) if part else ():
-            try:
-                need_space(part, CELEBA_BYTES - (archive.stat().st_size if archive.exists() else 0), "CelebA")
-                say(f"downloading {KAGGLE_DATASET} from Kaggle (CelebA is for non-commercial research)")
-                fetch_from_kaggle(downloads)
-                unpack(archive, part)
-                break
-            except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-                # A signed address that expired half-way leaves an error page in the zip, and Kaggle's client would
-                # then take it for whole on every later run: away with it, and once more from the start.
-                shutil.rmtree(downloads, ignore_errors=True)
-                if attempt == 2:
-                    raise OSError(f"Kaggle's archive of {KAGGLE_DATASET} is damaged ({error}); try later") from None
-                say(f"the download is damaged ({error})")
-    shutil.rmtree(downloads, ignore_errors=True)
+    folder = fill(Path(DATA_DIR), fetch_celeba)
+    shutil.rmtree(folder.with_name(folder.name + ".download"), ignore_errors=True)
     return folder
 
 
+def fill(folder, put):
+    """Unless `folder` has images, let `put(part)` fill a hidden folder in it, which then gets a name: all or none."""
+    if has_images(folder):
+        return folder
+    with locked(folder.with_name(folder.name + ".lock"), f"another process is filling {folder}; waiting for it"):
+        if not has_images(folder):
+            part = folder / ".part"  # on the same disk, wherever a link or a mount leads
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            put(part)
+            say(f"{len(os.listdir(part)):,} images in {folder}")
+            os.replace(part, folder / "images")
+    return folder
+
+
+def fetch_celeba(folder):
+    """Put the images of KAGGLE_DATASET into `folder`, by way of an archive that a next run goes on with."""
+    downloads = Path(DATA_DIR).with_name(Path(DATA_DIR).name + ".download")
+    archive = downloads / (KAGGLE_DATASET.split("/")[1] + ".zip")
+    for attempt in (1, 2):
+        try:
+            need_space(folder, CELEBA_BYTES - (archive.stat().st_size if archive.exists() else 0), "CelebA")
+            say(f"downloading {KAGGLE_DATASET} from Kaggle (CelebA is for non-commercial research)")
+            fetch_from_kaggle(downloads)
+            return unpack(archive, folder)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+            # A signed address that expired half-way leaves an error page in the zip, and Kaggle's client would
+            # then take it for whole on every later run: away with it, and once more from the start.
+            shutil.rmtree(downloads, ignore_errors=True)
+            if attempt == 2:
+                raise OSError(f"Kaggle's archive of {KAGGLE_DATASET} is damaged ({error}); try later") from None
+            say(f"the download is damaged ({error})")
+
+
 def fetch_from_kaggle(downloads):
-    """Bring the archive into `downloads` with Kaggle's own client, which goes on with what was cut.
+    """Bring the archive into `downloads` with Kaggle's own client, which goes on with what was cut. Raises BadZipFile
+    for what a new start may mend, OSError with a line for the user for the rest."""
+    import requests
 
-    Raises BadZipFile for what a new start may mend, OSError with a line for the user for the rest.
-    """
-    try:
-        import requests
-
-        with tamed_kaggle(downloads):
-            from kaggle.api.kaggle_api_extended import KaggleApi
-    except ImportError as error:
-        raise OSError(f"the module {error.name or error} is missing: pip install -r requirements.txt") from None
     for anonymous in (False, True):
         try:
             with tamed_kaggle(downloads, anonymous):
+                from kaggle.api.kaggle_api_extended import KaggleApi
+
                 api = KaggleApi()
                 if not anonymous:
                     with contextlib.suppress(Exception, SystemExit):  # there are no credentials, or stale ones
@@ -335,12 +315,12 @@ def fetch_from_kaggle(downloads):
             status = error.response.status_code
             if error.response.history and status in (400, 401, 403, 404, 410):  # from storage: about time, not accounts
                 raise zipfile.BadZipFile("its address has expired") from None
-            if status in (401, 403) and anonymous:
-                raise OSError(KAGGLE_HELP.format(KAGGLE_DATASET, DATA_DIR)) from None
             if status not in (401, 403):
                 cure = {404: "no such data set; check KAGGLE_DATASET", 429: "too many requests; wait an hour"}
                 cure = cure.get(status, "try later")
                 raise OSError(f"Kaggle answers {status} for {KAGGLE_DATASET}: {cure}") from None
+            if anonymous:
+                raise OSError(KAGGLE_HELP.format(KAGGLE_DATASET, DATA_DIR)) from None
         except requests.RequestException as error:
             raise OSError(f"Kaggle cannot be reached ({type(error).__name__}); check the network and run this again, "
                           "which goes on where it stopped, or try --demo, which needs no network") from None
@@ -349,7 +329,7 @@ def fetch_from_kaggle(downloads):
 
 
 @contextlib.contextmanager
-def tamed_kaggle(downloads, anonymous=False):
+def tamed_kaggle(downloads, anonymous):
     """Keep Kaggle's client, which authenticates and prints at import, from printing more than its progress bar, from
     waiting for ever, and if `anonymous` from sending the credentials that it finds, good or bad."""
     import requests
@@ -386,12 +366,10 @@ def unpack(archive, folder):
         raise OSError(f"{folder} does not hold the archive's {len(members):,} images; run this again")
 
 
-def draw_demo(number=4_000):
-    """Fill DATA_DIR with JPEGs of drawn faces, unless images are there, and return that folder."""
-    with filling(Path(DATA_DIR)) as part:
-        for index in progress_bar(range(number if part else 0), desc="drawing", unit=" faces"):
-            draw_face(random.Random(index)).save(part / f"{index:06d}.jpg", quality=90)
-    return Path(DATA_DIR)
+def draw_demo(folder):
+    """Put 4,000 JPEGs of drawn faces into `folder`."""
+    for index in progress_bar(range(4_000), desc="drawing", unit=" faces"):
+        draw_face(random.Random(index)).save(folder / f"{index:06d}.jpg", quality=90)
 
 
 def draw_face(rng):
@@ -425,51 +403,36 @@ def draw_face(rng):
     return image.filter(ImageFilter.GaussianBlur(1.2))
 
 
+def list_images(folder):
+    """Yield (path, size, time of change) of the images at any depth below `folder`, in no order: paths relative,
+    hidden ones and __MACOSX left out; a folder that links lead to more than once counts once."""
+    seen, waiting = set(), [""]
+    while waiting:
+        name = waiting.pop()
+        path = os.path.join(folder, name)
+        try:
+            status = os.stat(path)
+        except OSError:
+            if not os.path.islink(path):  # it has just gone
+                continue
+            status = os.lstat(path)  # a link to nowhere counts, to be named
+        kind = stat.S_IFMT(status.st_mode)
+        if kind == stat.S_IFDIR and (status.st_dev, status.st_ino) not in seen:
+            seen.add((status.st_dev, status.st_ino))
+            inside = sorted(it for it in os.listdir(path) if not it.startswith(".") and it != "__MACOSX")
+            waiting += [os.path.join(name, it) for it in reversed(inside)]
+        elif kind in (stat.S_IFREG, stat.S_IFLNK) and name.lower().endswith(IMG_EXTENSIONS):
+            yield name, status.st_size, status.st_mtime_ns
+
+
 def has_images(folder):
-    return folder.is_dir() and bool(list_images(folder, just_one=True)[0])
-
-
-def list_images(folder, just_one=False):
-    """(names, key) of the images at any depth below `folder`, hidden ones and __MACOSX left out.
-
-    The names are relative and sorted; the key changes with any name, size or time of change. A folder that links lead
-    to more than once counts once.
-    """
-    found, seen, waiting = [], set(), [""]
-    while waiting and not (just_one and found):
-        inside = waiting.pop()
-        status = os.stat(os.path.join(folder, inside))
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(os.path.join(folder, inside)) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name, reverse=True):
-                name = os.path.join(inside, entry.name)
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                with contextlib.suppress(OSError):  # links in a circle
-                    if entry.is_dir():
-                        waiting.append(name)
-                    elif name.lower().endswith(IMG_EXTENSIONS):
-                        follow = not entry.is_symlink() or os.path.exists(entry.path)
-                        status = entry.stat(follow_symlinks=follow)
-                        found.append((name, status.st_size, status.st_mtime_ns))
-                        if just_one:
-                            break
-    found = sorted(found)[:MAX_IMAGES]
-    digest = hashlib.sha256()
-    for entry in found:
-        digest.update(repr(entry).encode())
-    return [entry[0] for entry in found], digest.hexdigest()
+    return folder.is_dir() and next(list_images(folder), None) is not None
 
 
 def read_face(path, size):
     """The image at `path` as a uint8 tensor (3, size, size): its largest centre square, resized with antialiasing.
-
-    Raises whatever Pillow does for a damaged file, or one of more pixels than Pillow takes for honest.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    Raises whatever Pillow does for a damaged file, or one of more pixels than Pillow takes for honest."""
+    with warnings.catch_warnings(action="ignore"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             image.draft(None, (size, size))  # libjpeg decodes at 1/2, 1/4 or 1/8, yet no smaller than asked for
@@ -477,10 +440,7 @@ def read_face(path, size):
             if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
                 image = image.convert("I").point(lambda value: value / 256, "F")
             image = image if image.mode == "RGB" else image.convert("RGB")
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return pil_to_tensor(square.resize((size, size), Image.Resampling.BILINEAR))
+    return pil_to_tensor(center_crop(image, min(image.size)).resize((size, size), Image.Resampling.BILINEAR))
 
 
 class FaceFolder(ImageFolder):
@@ -509,32 +469,31 @@ HEADER_BYTES = 4_096  # a cache file is a line of JSON, filled up to this, and t
 
 def prepare_data():
     """`load_faces`, after a download of CelebA or a drawing of the demo's faces, if DATA_DIR is theirs and empty."""
-    source = {Path(CELEBA_DIR): download_celeba, Path(DEMO["DATA_DIR"]): draw_demo}.get(Path(DATA_DIR))
-    if source and not has_images(Path(DATA_DIR)):
-        source()
+    if Path(DATA_DIR) == Path(CELEBA_DIR):
+        download_celeba()
+    elif Path(DATA_DIR) == Path(DEMO["DATA_DIR"]):
+        fill(Path(DATA_DIR), draw_demo)
     return load_faces()
 
 
 def load_faces():
-    """(faces, key): the images of DATA_DIR, uint8 (N, 3, IMAGE_SIZE, IMAGE_SIZE), mapped from a file in CACHE_DIR.
-
-    The first call decodes them into it, with WORKERS processes. The key stands for the files and what was done to them.
-    Raises ValueError if there are no images, fewer than a batch, or too many that cannot be read.
-    """
+    """(faces, key): the images of DATA_DIR, uint8 (N, 3, IMAGE_SIZE, IMAGE_SIZE), mapped from a file in CACHE_DIR that
+    the first call decodes them into. The key stands for the files and what was done to them. Raises ValueError if there
+    are no images, fewer than a batch, or too many that cannot be read."""
     folder = Path(DATA_DIR)
     if not folder.is_dir():
         raise ValueError(f"DATA_DIR ({folder}) is no folder; give one that holds images")
-    names, key = list_images(folder)
-    if not names:
+    images = sorted(list_images(folder))[:MAX_IMAGES]
+    if not images:
         raise ValueError(f"DATA_DIR ({folder}) holds no images; put some there, or give another folder")
-    key = hashlib.sha256(f"{key} centre square, bilinear, {IMAGE_SIZE}".encode()).hexdigest()
+    key = hashlib.sha256(f"{images} centre square, bilinear, {IMAGE_SIZE}".encode(errors="surrogatepass")).hexdigest()
     path = Path(CACHE_DIR) / f"faces-{key[:16]}-{IMAGE_SIZE}.bin"
-    faces = open_cache(path, key)
-    if faces is None:
+    if (faces := open_cache(path, key)) is None:
         with locked(path.with_suffix(".lock"), "another process is decoding these images; waiting for it"):
-            faces = open_cache(path, key)
-            if faces is None:
-                decode(folder, names, path, key)
+            if (faces := open_cache(path, key)) is None:
+                if path.exists():
+                    say(f"{path} is damaged; decoding the images again")
+                decode(folder, [name for name, *_ in images], path, key)
                 faces = open_cache(path, key)
     if len(faces) < BATCH_SIZE:
         raise ValueError(f"DATA_DIR ({folder}) holds {len(faces)} images, fewer than BATCH_SIZE ({BATCH_SIZE}); "
@@ -544,8 +503,6 @@ def load_faces():
 
 def open_cache(path, key):
     """Map the faces of a cache; None if there is none, or if its size, header or key is wrong."""
-    if not path.exists():
-        return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RuntimeError):
         with open(path, "rb") as file:
             header = json.loads(file.read(HEADER_BYTES))
@@ -553,7 +510,6 @@ def open_cache(path, key):
         if header["key"] == key and count > 0 and size == HEADER_BYTES + count * 3 * IMAGE_SIZE**2:
             mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
             return mapped[HEADER_BYTES:].view(count, 3, IMAGE_SIZE, IMAGE_SIZE)
-    say(f"{path} is damaged; decoding the images again")
 
 
 def decode(folder, names, path, key):
@@ -563,15 +519,14 @@ def decode(folder, names, path, key):
     workers = min(cores if WORKERS is None else WORKERS, math.ceil(len(names) / 64))
     # Workers send plain bytes through pipes: tensors would go through shared memory, of which Docker has 64 MB.
     loader = torch.utils.data.DataLoader(FaceFolder(folder, names), 64, num_workers=workers, collate_fn=list)
-    part, count, skipped = path.with_suffix(".part"), 0, 0
+    skipped = 0
     try:
-        with open(part, "wb") as file, progress_bar(total=len(names), desc="decoding", unit=" images") as bar:
+        with replacing(path) as file, progress_bar(total=len(names), desc="decoding", unit=" images") as bar:
             file.seek(HEADER_BYTES)
             for name, face in zip(names, (face for batch in loader for face in batch)):
                 bar.update()
                 if isinstance(face, bytes):
                     file.write(face)
-                    count += 1
                     continue
                 skipped += 1
                 if skipped <= 100:
@@ -580,14 +535,9 @@ def decode(folder, names, path, key):
                     raise ValueError(f"more than one in ten of the {len(names):,} images in {folder} cannot be read, "
                                      f"the last {name!r}; mend or remove them")
             file.seek(0)
-            file.write(json.dumps({"key": key, "images": count}).ljust(HEADER_BYTES).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+            file.write(json.dumps({"key": key, "images": len(names) - skipped}).ljust(HEADER_BYTES).encode())
     except RuntimeError as error:  # DataLoader's, for a worker that the system has killed
         raise OSError(f"decoding failed ({one_line(error)}); try fewer WORKERS") from None
-    finally:
-        part.unlink(missing_ok=True)
     if skipped:
         say(f"skipped {skipped} of {len(names):,} images")
 
@@ -600,8 +550,8 @@ class Batches:
     def __init__(self, faces, device):
         self.faces, self.device, self.count = faces, device, len(faces)
         self.steps = len(faces) // BATCH_SIZE  # full batches only
-        share = BATCH_SIZE // world_size()
-        self.mine = slice(rank() * share, (rank() + 1) * share)
+        share = BATCH_SIZE // WORLD_SIZE
+        self.mine = slice(RANK * share, (RANK + 1) * share)
         self.random = torch.Generator(device)
         if device.type == "cuda":
             self.copies = torch.cuda.Stream(device)
@@ -699,17 +649,17 @@ def pick_device():
     there = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}[device.type]
     if (device.index or 0) >= there:
         raise ValueError(f"DEVICE is {device}, and this machine has {there} {device.type} devices; set it to None")
-    if device.type == "cpu":
-        with contextlib.suppress(Exception):  # on glibc, keep freed memory: to fault it in anew takes a fifth of a step
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-3, 2**30), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    fastest = torch.float32
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         fastest = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    else:  # a CPU without bfloat16 units emulates them, slowly
-        units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        fastest = torch.bfloat16 if device.type == "cpu" and units else torch.float32
+    elif device.type == "cpu":
+        with contextlib.suppress(Exception):  # on glibc, keep freed memory: to fault it in anew takes a fifth of a step
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-3, 2**30), libc.mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():  # others emulate it, slowly
+            fastest = torch.bfloat16
     return device, getattr(torch, PRECISION) if PRECISION else fastest
 
 
@@ -737,12 +687,13 @@ class Trainer:
         pairs = list(zip(self.average.state_dict().values(), self.generator.state_dict().values()))
         self.averaged = list(zip(*(pair for pair in pairs if pair[0].is_floating_point())))
         self.counters = list(zip(*(pair for pair in pairs if not pair[0].is_floating_point())))
+        self.networks = {"generator": self.generator, "discriminator": self.discriminator, "ema": self.average}
         self.g, self.d = self.generator, self.discriminator  # what runs: these, or what distributes them
-        if world_size() > 1:
+        if WORLD_SIZE > 1:
             self.g, self.d = map(self.distributed, (self.g, self.d))
         # A CUDA graph wants some eager steps first, on a side stream. Several processes stay eager: a capture would
         # have to hold their collectives too.
-        graphs = device.type == "cuda" and world_size() == 1
+        graphs = device.type == "cuda" and WORLD_SIZE == 1
         self.graph, self.eager_steps = None, 3 if graphs else math.inf
         self.side = torch.cuda.Stream() if graphs else None
 
@@ -751,8 +702,7 @@ class Trainer:
         ids = [self.device.index] if self.device.type == "cuda" else None
         if ids:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a newer name for broadcast_buffers
+        with warnings.catch_warnings(action="ignore"):  # of a newer name for broadcast_buffers
             # Broadcasting buffers would change D's statistics in place between its two forwards.
             return nn.parallel.DistributedDataParallel(network, ids, broadcast_buffers=False)
 
@@ -793,7 +743,13 @@ class Trainer:
 
     def advance(self, *batch):
         """`step` on a batch, and the average's. On CUDA a step's 150 small kernels are launched at once, as a graph."""
-        if self.eager_steps:
+        if self.graph is None and self.eager_steps == 0:
+            self.capture(batch)
+        if self.graph:
+            for static, new in zip(self.inputs, batch):
+                static.copy_(new)
+            self.graph.replay()
+        else:
             self.eager_steps -= 1
             if self.side:
                 self.side.wait_stream(torch.cuda.current_stream())
@@ -801,46 +757,36 @@ class Trainer:
                 self.step(*batch)
             if self.side:
                 torch.cuda.current_stream().wait_stream(self.side)
-        elif self.graph or self.capture(batch):
-            for static, new in zip(self.inputs, batch):
-                static.copy_(new)
-            self.graph.replay()
-        else:
-            self.step(*batch)
         self.images += BATCH_SIZE
         self.update_average()
 
     def capture(self, batch):
-        """Record `step` as a CUDA graph on inputs of its own; False, and eager steps for ever, where that fails."""
+        """Record `step` as a CUDA graph on inputs of its own; where that fails, steps stay eager for ever."""
         self.inputs, graph = [tensor.clone() for tensor in batch], torch.cuda.CUDAGraph()
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.side):
                 self.step(*self.inputs)
+            self.graph = graph
         except RuntimeError as error:
             say(f"no CUDA graph here ({one_line(error)}): steps are launched kernel by kernel")
             self.discriminator.requires_grad_(True)
             self.eager_steps = math.inf
-            return False
-        self.graph = graph
-        return True
 
     @torch.no_grad()
     def update_average(self):
         """Move the average towards the generator: weights and BatchNorm's statistics by one lerp, counters as they are.
-
-        The half-life grows to EMA_IMAGES, so that early grids are no ghosts; a CUDA graph would freeze it.
-        """
+        The half-life grows to EMA_IMAGES, so that early grids are no ghosts; a CUDA graph would freeze it."""
         half_life = min(EMA_IMAGES, 0.05 * self.images)
         torch._foreach_lerp_(*self.averaged, 1 - 0.5 ** (BATCH_SIZE / half_life) if half_life else 1.0)
         torch._foreach_copy_(*self.counters)
 
     def fetch(self, steps):
         """The means of `totals` over `steps` steps: the one place where training waits for the device."""
-        if world_size() > 1:
+        if WORLD_SIZE > 1:
             torch.distributed.all_reduce(self.totals)
-        means = [total / steps / world_size() for total in self.totals.tolist()]
+        means = [total / steps / WORLD_SIZE for total in self.totals.tolist()]
         self.totals.zero_()
         return means
 
@@ -852,33 +798,34 @@ def bce(logits, target):
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
+COUNT = Setting(int, 0, 10**15)  # of epochs, steps or images
+NOT_FINITE = ("likely causes: a LEARNING_RATE that is too high, or PRECISION float16; lower the one or set the other "
+              "to float32, and run again, which goes on from the last checkpoint")
+
 
 def save_checkpoint(run, whole_epoch):
     """Write checkpoint.pt, all that a run is made of, keep the one before, and after an epoch write generator.pt.
-
-    Raises FloatingPointError, and leaves the files alone, if a weight is not finite.
-    """
+    Raises FloatingPointError, and leaves the files alone, if a weight is not finite."""
     run.saved = time.monotonic()
-    if rank() > 0:
+    if RANK > 0:
         return
     trainer, path = run.trainer, Path(OUTPUT_DIR) / "checkpoint.pt"
     state = {
         "settings": values(), "data": run.data_key, "fixed_noise": run.fixed_noise, "images": trainer.images,
         "epoch": run.epoch, "step": run.step, "interval": run.interval, "totals": trainer.totals.tolist(),
-        "rows": run.rows, "generator": trainer.generator.state_dict(),
-        "discriminator": trainer.discriminator.state_dict(), "ema": trainer.average.state_dict(),
+        "rows": run.rows, **{name: network.state_dict() for name, network in trainer.networks.items()},
         "optimizers": [one.state_dict() for one in trainer.optimizers],
         "scalers": [one.state_dict() for one in trainer.scalers],
     }
-    for name in ("generator", "discriminator", "ema"):
-        if not all(tensor.isfinite().all() for tensor in [trainer.totals, *state[name].values()]):
+    for name in trainer.networks:
+        if not torch.stack([tensor.isfinite().all() for tensor in [trainer.totals, *state[name].values()]]).all():
             raise FloatingPointError(f"the {name} or a loss is not finite in epoch {run.epoch + 1}; {NOT_FINITE}")
-    write_file(path.with_suffix(".new"), serialised(state))
-    take_new(path)
-    if whole_epoch:
+    if whole_epoch:  # first the generator: a run that is killed in between does this again
         small = {name: state[name] for name in ("epoch", "images", "ema")}
         small["settings"] = {name: state["settings"][name] for name in NETWORK_SETTINGS}
-        write_file(path.with_name("generator.pt"), serialised(small))
+        write_file(path.with_name("generator.pt"), lambda file: torch.save(small, file))
+    write_file(path.with_suffix(".new"), lambda file: torch.save(state, file))
+    take_new(path)
 
 
 def take_new(path):
@@ -889,26 +836,16 @@ def take_new(path):
         os.replace(path.with_suffix(".new"), path)
 
 
-def serialised(state):
-    """torch.save to memory: to write these bytes gives an honest OSError where torch.save to a full disk does not."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getbuffer()
-
-
 def read_zip(path):
-    """What torch.save wrote to `path`, on the CPU; nothing in it is run. Raises ValueError if it is damaged.
-
-    torch.load does not notice flipped bits, but the zip that such a file is has checksums.
-    """
+    """What torch.save wrote to `path`, on the CPU; nothing in it is run. Raises ValueError if it is damaged: torch.load
+    does not notice flipped bits, but the zip that such a file is has checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
             stored = all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
             wrong = archive.testzip() if stored else "compression"
         if wrong:
             raise ValueError(f"wrong: {wrong}")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError):
         raise ValueError(f"there is no file {path}") from None
@@ -918,19 +855,14 @@ def read_zip(path):
         raise ValueError(f"{path} is damaged, or not from torch.save ({one_line(error)})") from None
 
 
-def one_line(error):
-    """An error, or other text, in one line that is not too long."""
-    return re.sub(r"\s+", " ", str(error))[:120] or type(error).__name__
-
-
 def read_checkpoint(path):
     """The state in a checkpoint.pt or generator.pt. Raises ValueError if it is damaged or something else."""
     state = read_zip(path)
     try:
         for name in NETWORK_SETTINGS:
-            settings()[name].check(name, state["settings"][name])
+            SETTINGS[name].check(name, state["settings"][name])
         for name in ("epoch", "images"):
-            Setting(int, 0, 10**15).check(name, state[name])
+            COUNT.check(name, state[name])
         build_generator(state)
         return state
     except Exception as error:  # whatever another program's file leads to
@@ -968,17 +900,15 @@ def newest_checkpoint():
 def restore(run, state):
     """Put a checkpoint's state into `run`, and say what has changed. Raises ValueError if the networks are others."""
     try:
-        then, now = state["settings"], values()
+        then, now, trainer = state["settings"], values(), run.trainer
         for name in NETWORK_SETTINGS:
             if then[name] != now[name]:
                 raise ValueError(f"{name} is {now[name]}, and the run in {OUTPUT_DIR} has {then[name]}; set it back "
                                  "or choose another OUTPUT_DIR")
         changed = [name for name in now if then[name] != now[name]]
-        trainer, whole = run.trainer, Setting(int, 0, 10**15)
-        epoch, step, interval = (whole.check(name, state[name]) for name in ("epoch", "step", "interval"))
-        trainer.generator.load_state_dict(state["generator"])
-        trainer.discriminator.load_state_dict(state["discriminator"])
-        trainer.average.load_state_dict(state["ema"])
+        epoch, step, interval = (COUNT.check(name, state[name]) for name in ("epoch", "step", "interval"))
+        for name, network in trainer.networks.items():
+            network.load_state_dict(state[name])
         for optimizer, saved in zip(trainer.optimizers, state["optimizers"], strict=True):
             restore_optimizer(optimizer, saved["state"])
         for scaler, saved in zip(trainer.scalers, state["scalers"], strict=True):
@@ -995,7 +925,7 @@ def restore(run, state):
     except (KeyError, TypeError, RuntimeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"the checkpoint in {OUTPUT_DIR} is not whole ({one_line(error)}); move it away") from None
     if changed:
-        say("changed since the checkpoint: " + ", ".join(f"{name} {then[name]} → {now[name]}" for name in changed))
+        say("changed since the checkpoint: " + ", ".join(f"{name} {then[name]} -> {now[name]}" for name in changed))
     if state["step"] and not same_order:
         say(f"the order of the images has changed: epoch {run.epoch + 1} begins again")
     say(f"going on from {OUTPUT_DIR}/checkpoint.pt: epoch {run.epoch + 1}, step {run.step + 1}")
@@ -1021,11 +951,10 @@ def grid(images, columns=8):
     return to_pil_image(make_grid(images.float().cpu().clamp(0, 1), columns))
 
 
-def save_picture(picture, path, kind="PNG", **options):
-    """Save a PIL picture through `write_file`."""
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    write_file(path, buffer.getbuffer())
+def save_gif(pictures, path, duration):
+    """A film that begins anew at its end, of PIL pictures shown for `duration` ms."""
+    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "duration": duration}
+    write_file(path, lambda file: pictures[0].save(file, "GIF", **options))
 
 
 @contextlib.contextmanager
@@ -1036,18 +965,17 @@ def figure_file(name, width, height):
         del os.environ["MPLBACKEND"]  # a script that Colab starts inherits one that it cannot import
     from matplotlib.figure import Figure
 
-    figure, buffer = Figure((width, height), layout="constrained"), io.BytesIO()
+    figure = Figure((width, height), layout="constrained")
     yield figure
-    figure.savefig(buffer, format="png")
-    write_file(Path(OUTPUT_DIR) / name, buffer.getbuffer())
+    write_file(Path(OUTPUT_DIR) / name, lambda file: figure.savefig(file, format="png"))
 
 
-def draw_pictures(run, reals):
-    """losses.png, real_vs_fake.png and training.gif of the whole run so far; `reals` (64, 3, S, S) in [0, 1]."""
+def draw_pictures(run, reals, fakes):
+    """losses.png, real_vs_fake.png and training.gif of the whole run so far; images (64, 3, S, S) in [0, 1]."""
     draw_losses(run.rows)
     with figure_file("real_vs_fake.png", 11, 6) as figure:
         titles = ("real", f"generated, after {run.epoch} epochs")
-        for axes, title, images in zip(figure.subplots(1, 2), titles, (reals, run.fakes())):
+        for axes, title, images in zip(figure.subplots(1, 2), titles, (reals, fakes)):
             axes.imshow(grid(images))
             axes.set_title(title)
             axes.axis("off")
@@ -1058,16 +986,14 @@ def draw_losses(rows):
     """losses.png from the rows of metrics.csv: raw values pale, their running mean over them."""
     steps = {row[0]: row[1] for row in rows}  # in each epoch
     epochs = [row[0] - 1 + row[1] / max(steps.values()) for row in rows]
-    window = max(1, len(rows) // 50)
+    window = len(rows) // 100 * 2 + 1  # odd, to be centred
     with figure_file("losses.png", 9, 7) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
         for index, label in enumerate(("discriminator", "generator", "D(x), of real images", "D(G(z)), of fakes")):
             axes, raw = (upper, lower)[index // 2], torch.tensor([row[3 + index] for row in rows], dtype=torch.float64)
-            sums = F.pad(raw, (1, 0)).cumsum(0)
-            ends = torch.arange(1, len(rows) + 1)
-            starts = (ends - window).clamp(min=0)
+            mean = F.avg_pool1d(raw[None], window, 1, window // 2, count_include_pad=False)[0]
             axes.plot(epochs, raw, color=f"C{index}", alpha=0.25, linewidth=0.8)
-            axes.plot(epochs, (sums[ends] - sums[starts]) / (ends - starts), color=f"C{index}", label=label)
+            axes.plot(epochs, mean, color=f"C{index}", label=label)
         late = [max(row[3:5]) for row in rows[len(rows) // 20 :]]  # the first steps' losses would dwarf the rest
         upper.set(ylabel="loss", ylim=(0, 1.1 * max(late) + 0.1),
                   title="healthy: both wander; a slowly rising generator loss is no failure")
@@ -1081,17 +1007,13 @@ def draw_losses(rows):
 def draw_film(epochs):
     """training.gif: 25 faces of the grids in samples/, up to `epochs`, in at most 60 frames and 3 MB."""
     paths = [Path(OUTPUT_DIR) / f"samples/epoch_{epoch:03d}.png" for epoch in range(epochs + 1)]
-    paths = [path for path in paths if path.exists()]
-    if not paths:
-        return
-    largest = io.BytesIO()
-    film_frame(paths[-1]).save(largest, "GIF")
-    most = max(2, min(60, GIF_BYTES // largest.tell()))
-    chosen = sorted({round(index * (len(paths) - 1) / (most - 1)) for index in range(most)})
-    first, *others = [film_frame(paths[index]) for index in chosen]
-    times = [max(60, 3000 // len(chosen))] * len(others) + [2500]  # ms
-    path = Path(OUTPUT_DIR) / "training.gif"
-    save_picture(first, path, "GIF", save_all=True, append_images=others, loop=0, duration=times)
+    if paths := [path for path in paths if path.exists()]:
+        largest = io.BytesIO()
+        film_frame(paths[-1]).save(largest, "GIF")
+        most = max(2, min(60, GIF_BYTES // largest.tell()))
+        chosen = sorted({round(index * (len(paths) - 1) / (most - 1)) for index in range(most)})
+        times = [max(60, 3000 // len(chosen))] * (len(chosen) - 1) + [2500]
+        save_gif([film_frame(paths[index]) for index in chosen], Path(OUTPUT_DIR) / "training.gif", times)
 
 
 def film_frame(path):
@@ -1107,14 +1029,12 @@ def film_frame(path):
 def advice(rows, diversity):
     """Lines on what goes wrong, from an epoch's rows and the diversity of its fakes as a share of the reals'."""
     d_real, d_fake = (sum(row[column] for row in rows) / len(rows) for column in (5, 6))
-    lines = []
     if d_real > 0.97 and d_fake < 0.03:
-        lines.append(f"the discriminator has won: D(x) is {d_real:.3f} and D(G(z)) {d_fake:.3f} on average, so the "
-                     "generator learns little; lower D_LEARNING_RATE, or set BETA1 to 0.5 or REAL_LABEL to 0.9")
+        yield (f"the discriminator has won: D(x) is {d_real:.3f} and D(G(z)) {d_fake:.3f} on average, so the generator "
+               "learns little; lower D_LEARNING_RATE, or set BETA1 to 0.5 or REAL_LABEL to 0.9")
     if diversity < 0.3:
-        lines.append(f"the samples look alike (mode collapse): their diversity is {diversity:.2f} of the real images'; "
-                     "lower LEARNING_RATE, raise BATCH_SIZE or try another SEED")
-    return lines
+        yield (f"the samples look alike (mode collapse): their diversity is {diversity:.2f} of the real images'; "
+               "lower LEARNING_RATE, raise BATCH_SIZE or try another SEED")
 
 
 def diversity(images):
@@ -1123,9 +1043,6 @@ def diversity(images):
 
 
 # ------------------------------------------------------------------------------------------------------- training
-
-NOT_FINITE = ("likely causes: a LEARNING_RATE that is too high, or PRECISION float16; lower the one or set the other "
-              "to float32, and run again, which goes on from the last checkpoint")
 
 
 class Signals:
@@ -1159,13 +1076,17 @@ class Run:
     def __init__(self, trainer, data_key):
         self.trainer, self.data_key = trainer, data_key
         self.epoch = self.step = self.interval = 0  # interval: steps since the last row
-        self.rows, self.saved, self.drawn, self.unestimated = [], time.monotonic(), -math.inf, True
+        self.rows, self.saved, self.drawn, self.estimated = [], time.monotonic(), -math.inf, False
         stream = torch.Generator().manual_seed(seed_for("samples"))
         self.fixed_noise = torch.randn(64, LATENT_SIZE, 1, 1, generator=stream).to(trainer.device)
 
-    def fakes(self):
-        """Images (64, 3, S, S) in [0, 1] of the noise that stays the same for the whole run."""
-        return images_from(self.trainer.average, self.fixed_noise, self.trainer.dtype)
+    def sample(self):
+        """Images (64, 3, S, S) in [0, 1] of noise that stays the same for the whole run; an epoch's are saved."""
+        fakes = images_from(self.trainer.average, self.fixed_noise, self.trainer.dtype)
+        if RANK == 0 and self.step == 0:
+            path = Path(OUTPUT_DIR) / f"samples/epoch_{self.epoch:03d}.png"
+            write_file(path, lambda file: grid(fakes).save(file, "PNG"))
+        return fakes
 
     def log(self, speed):
         """End an interval: return its means as a row, kept and appended to metrics.csv."""
@@ -1177,76 +1098,64 @@ class Run:
         row = [self.epoch + 1, self.step, self.trainer.images, *means, speed]
         self.rows.append(row)
         self.interval = 0
-        if rank() == 0:
-            with open(Path(OUTPUT_DIR) / "metrics.csv", "a", encoding="utf-8") as file:
-                file.write(csv_text([row]))
+        if RANK == 0:
+            with open(Path(OUTPUT_DIR) / "metrics.csv", "ab") as file:
+                file.write(csv_lines([row]))
         return row
 
-    def sample(self):
-        """Save the epoch's grid of faces."""
-        if rank() == 0:
-            save_picture(grid(self.fakes()), Path(OUTPUT_DIR) / f"samples/epoch_{self.epoch:03d}.png")
 
-
-def csv_text(rows):
-    text = io.StringIO()
-    lines = ([f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows)
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue()
+def csv_lines(rows):
+    cells = ([f"{value:.6g}" if isinstance(value, float) else str(value) for value in row] for row in rows)
+    return "".join(",".join(row) + "\n" for row in cells).encode()
 
 
 def train():
-    """Train on DATA_DIR, or go on from OUTPUT_DIR/checkpoint.pt, and return the path of the trained generator.
-
-    Raises ValueError for a wrong setting or data set, OSError for network and disk, FloatingPointError for a loss that
-    is not finite and, when the work is saved, KeyboardInterrupt.
-    """
+    """Train on DATA_DIR, or go on from OUTPUT_DIR/checkpoint.pt, and return the path of the trained generator. Raises
+    ValueError for a wrong setting or data set, OSError for network and disk, FloatingPointError for a loss that is not
+    finite and, when the work is saved, KeyboardInterrupt."""
     check_settings()
     output, state = Path(OUTPUT_DIR), None
     with Signals() as signals, contextlib.ExitStack() as stack:
-        if rank() == 0:
+        if RANK == 0:
             stack.enter_context(locked(output / ".lock"))
             state = newest_checkpoint()
-        if state and state["epoch"] >= EPOCHS and world_size() == 1:
+        if state and state["epoch"] >= EPOCHS and WORLD_SIZE == 1:
             say(f"{output} holds a finished run of {state['epoch']} epochs; raise EPOCHS to go on, or choose another "
                 "OUTPUT_DIR to start afresh")
             return output / "generator.pt"
         faces, key = prepare_data()
         device, dtype = pick_device()
-        if world_size() > 1:
+        if WORLD_SIZE > 1:
             state, key = join_processes(state, key, len(faces), device)
         batches, run = Batches(faces, device), Run(Trainer(device, dtype), key)
         announce(run, batches)
         if state:
             restore(run, state)
-        if rank() == 0:  # anew: what came after the checkpoint will be trained again
-            write_file(output / "metrics.csv", csv_text([COLUMNS, *run.rows]).encode())
+        if RANK == 0:  # anew: what came after the checkpoint will be trained again
+            write_file(output / "metrics.csv", lambda file: file.write(csv_lines([COLUMNS, *run.rows])))
         if not state:
             run.sample()
         chosen = torch.randperm(len(faces), generator=torch.Generator().manual_seed(seed_for("reals")))[:64]
         reals = faces.index_select(0, chosen).float() / 255
         while run.epoch < EPOCHS:
             train_epoch(run, batches, reals, signals)
-        if world_size() > 1:
+        if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
     say(f"finished; see {output}/samples, and draw new faces: python dcgan.py generate --output-dir {output}")
     return output / "generator.pt"
 
 
 def join_processes(state, key, images, device):
-    """Meet the other processes that torchrun has started; return rank 0's checkpoint and data key, on all of them.
-
-    The images are ready by now, but another machine may still be decoding its own: hence the long time limit. It is
-    torchrun that notices when a process dies.
-    """
+    """Meet the other processes that torchrun has started; return rank 0's checkpoint and data key, on all of them. The
+    time limit is long since another machine may still be decoding; torchrun is who notices when a process dies."""
     backend, limit = "nccl" if device.type == "cuda" else "gloo", timedelta(days=1)
     # torchrun --max-restarts keeps its store, with the addresses of the dead: a new name for each start. Not over
     # several machines, which may count the restarts differently.
     store = next(torch.distributed.rendezvous("env://", timeout=limit))[0]
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "") if alone else "", store)
-    torch.distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=limit)
-    counts = [None] * world_size()
+    torch.distributed.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=limit)
+    counts = [None] * WORLD_SIZE
     torch.distributed.all_gather_object(counts, images)
     if len(set(counts)) > 1:
         raise ValueError(f"the machines have different images: {', '.join(map(str, counts))}; copy DATA_DIR to all")
@@ -1258,14 +1167,13 @@ def join_processes(state, key, images, device):
 def announce(run, batches):
     """The first lines: on what it runs, with what."""
     device, gpus = run.trainer.device, torch.cuda.device_count()
+    where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        where = torch.cuda.get_device_name(device) + (", images on it" if batches.faces.is_cuda else ", images on disk")
-    else:
-        where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
-    many = f" × {world_size()} processes" if world_size() > 1 else ""
+        where = f"{torch.cuda.get_device_name(device)}, images on {'it' if batches.faces.is_cuda else 'disk'}"
+    many = f" × {WORLD_SIZE} processes" if WORLD_SIZE > 1 else ""
     dtype = str(run.trainer.dtype).removeprefix("torch.")
     say(f"{where}{many}, {dtype}; {batches.count:,} images, {batches.steps:,} steps an epoch, {EPOCHS} epochs")
-    if device.type == "cuda" and world_size() == 1 and gpus > 1:
+    if device.type == "cuda" and WORLD_SIZE == 1 and gpus > 1:
         say(f"of {gpus} GPUs this run uses one; torchrun --nproc-per-node {gpus} dcgan.py uses them all")
 
 
@@ -1275,11 +1183,11 @@ def train_epoch(run, batches, reals, signals):
     whole = train_steps(run, batches, signals)
     if whole:
         run.epoch, run.step = run.epoch + 1, 0
-        run.sample()
+    fakes = run.sample()
     save_checkpoint(run, whole)
     last = run.epoch == EPOCHS or not whole
-    if rank() == 0 and run.rows and (last or time.monotonic() - run.drawn > 30):
-        draw_pictures(run, reals)
+    if RANK == 0 and run.rows and (last or time.monotonic() - run.drawn > 30):
+        draw_pictures(run, reals, fakes)
         run.drawn = time.monotonic()
     if not whole:
         say(f"saved after step {run.step} of epoch {run.epoch + 1}; the same command goes on from there")
@@ -1288,7 +1196,7 @@ def train_epoch(run, batches, reals, signals):
         say(f"epoch {run.epoch}/{EPOCHS}: {summary(run.rows[-1])}")
     if run.trainer.images > 10_000:  # before that, nothing is amiss yet
         rows = [row for row in run.rows if row[0] == run.epoch]
-        for line in advice(rows, diversity(run.fakes()) / diversity(reals)):
+        for line in advice(rows, diversity(fakes) / (diversity(reals) or 1)):
             say(f"after epoch {run.epoch}, {line}")
 
 
@@ -1307,8 +1215,8 @@ def train_steps(run, batches, signals):
                 if bar.disable and time.monotonic() - spoken > 60:
                     say(f"epoch {row[0]}/{EPOCHS}, step {row[1]}/{batches.steps}: {summary(row)}")
                     spoken = time.monotonic()
-                if run.unestimated:
-                    run.unestimated = False
+                if not run.estimated:
+                    run.estimated = True
                     minutes = math.ceil(((EPOCHS - run.epoch) * batches.steps - run.step) * BATCH_SIZE / row[7] / 60)
                     say(f"the run will take about {f'{minutes} min' if minutes < 100 else f'{minutes / 60:.1f} h'}")
             if stop_now(run, signals, row) and not ended:
@@ -1329,8 +1237,8 @@ def summary(row):
 def stop_now(run, signals, row):
     """Whether a signal has come. Several processes agree on it, to stop after the same step: on a GPU, which would
     have to be waited for, only when an interval ends."""
-    agree = world_size() == 1 or row or run.trainer.device.type == "cpu"
-    if world_size() > 1 and agree:
+    agree = WORLD_SIZE == 1 or row or run.trainer.device.type == "cpu"
+    if WORLD_SIZE > 1 and agree:
         pending = torch.tensor(signals.pending or 0, device=run.trainer.device)
         torch.distributed.all_reduce(pending, torch.distributed.ReduceOp.MAX)
         signals.pending = pending.item() or None
@@ -1373,7 +1281,7 @@ class Faces:
         if seed is None:
             seed = random.SystemRandom().randrange(10**6)
             say(f"seed {seed}")
-        stream = torch.Generator().manual_seed(Setting(int, 0, 2**63 - 1).check("seed", seed))
+        stream = torch.Generator().manual_seed(SETTINGS["SEED"].check("seed", seed))
         for _ in range(0, number, GENERATION_BATCH):
             yield torch.randn(GENERATION_BATCH, self.state["settings"]["LATENT_SIZE"], generator=stream)
 
@@ -1384,19 +1292,16 @@ class Faces:
     def batches(self, number, seed):
         """Yield `number` new images in batches of at most GENERATION_BATCH."""
         with progress_bar(total=number, desc="generating", unit=" images") as bar:
-            for index, latents in enumerate(self.latents(number, seed)):
-                images = self.draw(latents)[: number - index * GENERATION_BATCH]
-                yield images
-                bar.update(len(images))
+            for left, latents in zip(range(number, 0, -GENERATION_BATCH), self.latents(number, seed)):
+                yield self.draw(latents)[:left]
+                bar.update(min(GENERATION_BATCH, left))
 
 
 def generate_images(num_images=16, seed=None, checkpoint=None, output=None):
-    """New faces as a float tensor (num_images, 3, H, W) in [0, 1]; saved as a grid, and shown in a notebook.
-
-    The same seed gives the same images on a device, and more images begin with the same ones; a seed of None is drawn
-    and printed. `checkpoint` is a checkpoint.pt or generator.pt, by default OUTPUT_DIR's; the grid, of the first 1,024,
-    goes to `output`, by default OUTPUT_DIR/generated.png. Raises ValueError for a wrong number, seed or file.
-    """
+    """New faces as a float tensor (num_images, 3, H, W) in [0, 1]; saved as a grid, and shown in a notebook. The same
+    seed gives the same images on a device, and more images begin with the same ones; a seed of None is drawn and
+    printed. `checkpoint` is a checkpoint.pt or generator.pt, by default OUTPUT_DIR's; the grid, of the first 1,024,
+    goes to `output`, by default OUTPUT_DIR/generated.png. Raises ValueError for a wrong number, seed or file."""
     number = Setting(int, 1, 10**9).check("num_images", num_images)
     images = torch.cat(list(Faces(checkpoint).batches(number, seed)))
     save_grid(images[:GRID_LIMIT], output)
@@ -1406,7 +1311,7 @@ def generate_images(num_images=16, seed=None, checkpoint=None, output=None):
 def save_grid(images, output):
     """Save images (N, 3, H, W) as a nearly square grid, and show it where there is a notebook."""
     picture, path = grid(images, math.ceil(math.sqrt(len(images)))), Path(output or Path(OUTPUT_DIR) / "generated.png")
-    save_picture(picture, path)
+    write_file(path, lambda file: picture.save(file, "PNG"))
     say(f"saved {path}")
     if notebook():
         from IPython.display import display
@@ -1416,21 +1321,19 @@ def save_grid(images, output):
 
 def generate(num_images: int = 16, seed: int = None, checkpoint=None, output=None, individual=False):
     """Draw new faces into a grid or, with --individual and beyond 1,024, a file each."""
-    number, grid_of, done = Setting(int, 1, 10**9).check("num_images", num_images), [], 0
-    files, faces = individual or number > GRID_LIMIT, Faces(checkpoint)
-    folder = Path(output if individual and output else Path(OUTPUT_DIR) / "generated")
+    number, faces, grid_of = Setting(int, 1, 10**9).check("num_images", num_images), Faces(checkpoint), []
+    files, folder = individual or number > GRID_LIMIT, Path(individual and output or Path(OUTPUT_DIR) / "generated")
     if files:
         folder.mkdir(parents=True, exist_ok=True)
-    for images in faces.batches(number, seed):
-        if not individual and done < GRID_LIMIT:
-            grid_of.append(images)
-        for index, image in enumerate(images if files else (), done):
+    for index, image in enumerate(image for images in faces.batches(number, seed) for image in images):
+        if files:
             to_pil_image(image).save(folder / f"{index:06d}.png")
-        done += len(images)
+        if not individual and index < GRID_LIMIT:
+            grid_of.append(image)
     if files:
         say(f"saved {number:,} images in {folder}")
     if grid_of:
-        save_grid(torch.cat(grid_of)[:GRID_LIMIT], output)
+        save_grid(torch.stack(grid_of), output)
 
 
 def interpolate(num_faces: int = 8, frames: int = 16, seed: int = None, checkpoint=None, output=None):
@@ -1451,7 +1354,7 @@ def interpolate(num_faces: int = 8, frames: int = 16, seed: int = None, checkpoi
     for latents in walk.flatten(0, 1).split(GENERATION_BATCH):
         pictures += [ImageOps.scale(to_pil_image(image), 2) for image in faces.draw(latents)]
     path = Path(output or Path(OUTPUT_DIR) / "interpolation.gif")
-    save_picture(pictures[0], path, "GIF", save_all=True, append_images=pictures[1:], loop=0, duration=60)
+    save_gif(pictures, path, 60)
     say(f"saved {path}")
     return path
 
@@ -1463,41 +1366,37 @@ def evaluate(num_images: int = 50_000, checkpoint=None, inception_weights=None, 
     """
     number = Setting(int, LEAST_IMAGES, 10**6).check("num_images", num_images)
     faces = Faces(checkpoint)
-    inception, fid, kid = load_inception(inception_weights, faces.device)
+    inception = load_inception(inception_weights, faces.device)
     with changed_settings({"IMAGE_SIZE": faces.state["settings"]["IMAGE_SIZE"]}):
         images, key = prepare_data()
     if len(images) < LEAST_IMAGES:
         raise ValueError(f"DATA_DIR ({DATA_DIR}) holds {len(images):,} images; FID wants {LEAST_IMAGES:,} or more")
     if min(number, len(images)) < 10_000:
         say(f"{number:,} generated and {len(images):,} real images; under 10,000, FID is too high; papers use 50,000")
-    images = images[torch.linspace(0, len(images) - 1, min(len(images), 50_000)).long()]
-    weights = "2015-12-05"
-    if inception_weights:
-        weights = hashlib.sha256(Path(inception_weights).read_bytes()).hexdigest()[:8]
-    cached = Path(CACHE_DIR) / f"inception-{key[:16]}-{len(images)}-{weights}.pt"
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), 50_000)).long()
+    weights = inception_weights and hashlib.sha256(Path(inception_weights).read_bytes()).hexdigest()[:8] or "2015-12-05"
+    cached = Path(CACHE_DIR) / f"inception-{key[:16]}-{len(chosen)}-{weights}.pt"
     try:
         real = read_zip(cached)
     except (OSError, ValueError):
-        real = features(inception, images.split(GENERATION_BATCH), len(images), faces.device)
-        write_file(cached, serialised(real))
+        real = (images[part] for part in chosen.split(GENERATION_BATCH))
+        real = features(inception, real, len(chosen), faces.device)
+        write_file(cached, lambda file: torch.save(real, file))
     drawn = (batch.mul(255).round().byte() for batch in faces.batches(number, seed))
-    fake = features(inception, drawn, number, faces.device)
-    result = {"fid": fid(fake, real), "kid": kid(fake, real)}
-    about = {"epoch": faces.state["epoch"], "generated": number, "real": len(images), "size": images.shape[-1],
-             "crop": "largest centre square, antialiased bilinear", "network": f"inception-v3-compat {weights}"}
+    result = distances(features(inception, drawn, number, faces.device), real)
+    about = {"epoch": faces.state["epoch"], "generated": number, "real": len(chosen), "size": images.shape[-1],
+             "crop": "centre square", "network": f"inception-v3-compat {weights}"}
     path = Path(OUTPUT_DIR) / "evaluation.csv"
-    before = path.read_text(encoding="utf-8") if path.exists() else csv_text([[*about, *result]])
-    write_file(path, (before + csv_text([[*about.values(), *result.values()]])).encode())
+    before = path.read_bytes() if path.exists() else csv_lines([[*about, *result]])
+    write_file(path, lambda file: file.write(before + csv_lines([[*about.values(), *result.values()]])))
     about = ", ".join(f"{name} {value}" for name, value in about.items())
     say(f"FID {result['fid']:.2f}, KID {result['kid']:.5f} ({about})")
     return result
 
 
 def load_inception(weights, device):
-    """(network, fid, kid) from torch-fidelity. Raises OSError if it or its weights are not to be had."""
+    """torch-fidelity's Inception. Raises OSError if it or its weights are not to be had, ValueError if they are not."""
     try:
-        from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-        from torch_fidelity.metric_kid import kid_features_to_metric
         from torch_fidelity.utils import create_feature_extractor
     except ImportError as error:
         raise OSError(f"evaluate needs torch-fidelity (no module {error.name}): pip install torch-fidelity") from None
@@ -1506,37 +1405,36 @@ def load_inception(weights, device):
     try:
         if weights:
             torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity itself would run what is in it
-        network = create_feature_extractor(
-            "inception-v3-compat", ["2048"], cuda=False, verbose=False, feature_extractor_weights_path=weights
-        ).to(device)
+        options = {"cuda": False, "verbose": False, "feature_extractor_weights_path": weights}
+        return create_feature_extractor("inception-v3-compat", ["2048"], **options).to(device)
     except OSError as error:
         raise OSError(f"no Inception weights ({error}); give --inception-weights FILE, from {INCEPTION_URL}") from None
     except Exception as error:
         raise ValueError(f"{weights} holds no weights of torch-fidelity's Inception ({one_line(error)})") from None
 
-    def fid(one, two):
-        statistics = [fid_features_to_statistics(features) for features in (one, two)]
-        return float(fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"])
-
-    def kid(one, two):
-        return float(kid_features_to_metric(one, two, verbose=False)["kernel_inception_distance_mean"])
-
-    return network, fid, kid
-
 
 @torch.no_grad()
 def features(inception, batches, number, device):
     """Inception's 2,048 features of uint8 images, (number, 2048), float32, on the CPU."""
+    found = []
     with progress_bar(total=number, desc="Inception features", unit=" images") as bar:
-        found = []
         for batch in batches:
             found.append(inception(batch.to(device))[0].cpu())
             bar.update(len(batch))
     return torch.cat(found)
 
 
-# --------------------------------------------------------------------------------------------------- command line
+def distances(fake, real):
+    """{"fid": …, "kid": …} between two sets of features (N, 2048)."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
 
+    fid = fid_statistics_to_metric(*map(fid_features_to_statistics, (fake, real)), verbose=False)
+    kid = kid_features_to_metric(fake, real, verbose=False)
+    return {"fid": float(fid["frechet_inception_distance"]), "kid": float(kid["kernel_inception_distance_mean"])}
+
+
+# --------------------------------------------------------------------------------------------------- command line
 
 FLAG_HELP = {
     "num_images": "how many", "num_faces": "how many", "frames": "pictures from one face to the next",
@@ -1566,15 +1464,13 @@ def command_line():
         command = commands.add_parser(function.__name__, help=about.splitlines()[0], description=about, **options)
         command.set_defaults(function=function)
         for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.default is False:
-                kind = {"action": "store_true"}
-            else:
-                kind = {"type": int, "metavar": "N"} if parameter.annotation is int else {"metavar": "PATH"}
+            kind = {"type": int, "metavar": "N"} if parameter.annotation is int else {"metavar": "PATH"}
+            kind = {"action": "store_true"} if parameter.default is False else kind
             text = FLAG_HELP[name] + f" [{parameter.default}]" * (type(parameter.default) is int)
             command.add_argument(flag(name), default=argparse.SUPPRESS, help=text, **kind)
         data = ("DATA_DIR", "CACHE_DIR", "MAX_IMAGES", "WORKERS") if function is evaluate else ()
         add_settings(command, ("OUTPUT_DIR", "DEVICE", "PRECISION", *data))
-    add_settings(parser, settings())
+    add_settings(parser, SETTINGS)
     helps = [one.format_help() for one in (parser, *commands.choices.values())]
     return parser, set(re.findall(r"--[a-z0-9-]+", " ".join(helps)))
 
@@ -1587,7 +1483,7 @@ def add_settings(parser, names):
             group, title = None, found[1].lower()
         elif (found := re.match(r"(\w+): Setting.* = .*?  # (.*)", line)) and found[1] in names:
             group = group or parser.add_argument_group(title)
-            setting, default = settings()[found[1]], globals()[found[1]]
+            setting, default = SETTINGS[found[1]], globals()[found[1]]
             text = found[2] + f"; {setting.allowed()}" * (setting.kind is not str and not setting.choices)
             text = (text + f" [{default}]" * (default is not None)).replace("%", "%%")
             metavar = "|".join(map(str, setting.choices)) or {int: "N", float: "X", str: "TEXT"}[setting.kind]
@@ -1604,25 +1500,23 @@ def main(argv=None):
                 near = difflib.get_close_matches(name, known, 1)
                 parser.error(f"unknown flag {name}" + (f", did you mean {near[0]}?" if near else ""))
         options = vars(parser.parse_args(argv))
-        flags = {name: options.pop(name) for name in settings() if name in options}
+        flags = {name: options.pop(name) for name in SETTINGS if name in options}
         with changed_settings((DEMO if options.pop("demo") else {}) | flags):
             options.pop("function", train)(**options)
         return 0
     except KeyboardInterrupt as interrupt:
         return 128 + (interrupt.args or [signal.SIGINT])[0]
-    except ValueError as error:
-        status, text = 2, error
-    except OSError as error:
-        status, text = 1, f"{error.strerror}: {error.filename}" if error.filename else error
-    except FloatingPointError as error:
-        status, text = 1, error
+    except (ValueError, OSError, FloatingPointError) as error:
+        status = 2 if isinstance(error, ValueError) else 1
+        text = f"{error.strerror}: {error.filename}" if getattr(error, "filename", None) else error
+    except ImportError as error:
+        status, text = 1, f"the module {error.name or error} is missing: pip install -r requirements.txt"
     except RuntimeError as error:  # of PyTorch; any other than these two is a bug
-        if "memory" in str(error):
-            status, text = 1, f"out of memory ({one_line(error)}); lower BATCH_SIZE"
-        elif world_size() > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
-            status, text = 1, f"process {rank()} has lost the others ({one_line(error)})"
-        else:
-            raise
+        status, text = 1, f"out of memory ({one_line(error)}); lower BATCH_SIZE"
+        if "memory" not in str(error):
+            text = f"process {RANK} has lost the others ({one_line(error)})"
+            if WORLD_SIZE == 1 or not re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
+                raise
     print(f"dcgan.py: error: {text}", file=sys.stderr)
     return status
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ SCRIPT = ROOT / "dcgan.py"
 sys.path.insert(0, str(ROOT))
 
 import dcgan  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and its children
 
 TINY = {
     "IMAGE_SIZE": 32, "BATCH_SIZE": 8, "LATENT_SIZE": 8, "G_FEATURES": 4, "D_FEATURES": 4,
@@ -70,6 +73,6 @@ def tiny(monkeypatch, workplace):
     monkeypatch.chdir(workplace)
     for name, value in (TINY | {"DATA_DIR": "faces"}).items():
         monkeypatch.setattr(dcgan, name, value)
-    for name in dcgan.settings():  # what check_settings normalises is put back as well
+    for name in dcgan.SETTINGS:  # what check_settings normalises is put back as well
         monkeypatch.setattr(dcgan, name, getattr(dcgan, name))
     return dcgan

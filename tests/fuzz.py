@@ -304,7 +304,7 @@ class Fuzz:
 
     def settings(self, number):
         """Flags and constants of any kind: a run, or a line that says what is wrong."""
-        names = list(dcgan.settings())
+        names = list(dcgan.SETTINGS)
         offline = ["evaluate", "--inception-weights", "nowhere.pth"]
         commands = (["generate"], ["interpolate"], ["--help"], ["generate", "--help"], offline, ["nonsense"])
         words = (

@@ -548,7 +548,7 @@ def test_a_changed_learning_rate_is_said_and_takes_effect(forks, half_done, tmp_
     before = load(folder)
     status, stdout, stderr = forks.run(folder, LEARNING_RATE=0, EPOCHS=2)
     assert (status, stderr) == (0, "")
-    assert "LEARNING_RATE 0.0005 → 0.0" in stdout
+    assert "LEARNING_RATE 0.0005 -> 0.0" in stdout
     after = load(folder)
     assert after["images"] > before["images"]
     for network in ("generator", "discriminator"):

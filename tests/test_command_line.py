@@ -14,7 +14,7 @@ from conftest import ROOT, SCRIPT, TINY, flags, run
 
 import dcgan
 
-SETTINGS = dcgan.settings()
+SETTINGS = dcgan.SETTINGS
 
 
 def refused(capsys, *arguments, status=2):

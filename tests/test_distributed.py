@@ -48,11 +48,11 @@ def gradients(trainer_class, *where):
     dcgan.LEARNING_RATE = rate
     for network in (trainer.g, trainer.d):
         network.eval()
-    share, stream = dcgan.BATCH_SIZE // dcgan.world_size(), torch.Generator().manual_seed(1)
+    share, stream = dcgan.BATCH_SIZE // dcgan.WORLD_SIZE, torch.Generator().manual_seed(1)
     faces = torch.randint(256, (dcgan.BATCH_SIZE, 3, dcgan.IMAGE_SIZE, dcgan.IMAGE_SIZE), generator=stream)
     flips = torch.rand(dcgan.BATCH_SIZE, 1, 1, 1, generator=stream) < 0.5
     latents = torch.randn(dcgan.BATCH_SIZE, dcgan.LATENT_SIZE, 1, 1, generator=stream)
-    trainer.step(*(part.split(share)[dcgan.rank()] for part in (faces.byte(), flips, latents)))
+    trainer.step(*(part.split(share)[dcgan.RANK] for part in (faces.byte(), flips, latents)))
     return [p.grad for network in (trainer.generator, trainer.discriminator) for p in network.parameters()]
 
 
@@ -257,8 +257,8 @@ def test_two_machines_with_different_images_end_with_a_line_that_says_so(workpla
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_batch_size_that_the_processes_cannot_share_ends_with_one_line(tiny, monkeypatch, capsys, rank):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr(dcgan, "WORLD_SIZE", 2)
+    monkeypatch.setattr(dcgan, "RANK", rank)
     assert dcgan.main(["--batch-size", "9"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "BATCH_SIZE" in line and "9" in line and "2 processes" in line

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -16,6 +17,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SCRIPT, flags
 from kaggle_server import serving
+
+import dcgan
 
 NAME = "img_align_celeba/img_align_celeba/{}"
 TABLES = ("list_attr_celeba.csv", "list_bbox_celeba.csv", "list_eval_partition.csv", "list_landmarks_align_celeba.csv")
@@ -106,7 +109,7 @@ class InProcess:
     def fails(self, *arguments, status=1, **variables):
         """The error's text, when nothing passes for a data set afterwards."""
         err = self(*arguments, status=status, **variables)[1]
-        assert not list(Path("data").glob("celeba/**/*.jpg"))
+        assert not dcgan.has_images(Path("data/celeba"))
         return err[err.index("dcgan.py: error: ") :]
 
 
@@ -304,9 +307,18 @@ def test_a_killed_unpacking_is_never_taken_for_the_data_set(server, workplace):
         run.send_signal(signal.SIGSTOP)
         unpacked = len(list(workplace.glob("data/celeba*/**/*.jpg")))
         run.kill()
-    assert 10 < unpacked < 3_000 and not list(workplace.glob("data/celeba/**/*.jpg"))
+    assert 10 < unpacked < 3_000 and not dcgan.has_images(workplace / "data/celeba")
     ended(process(server, workplace, *QUICK, "--max-images", 16))
     assert len(images(workplace)) == 3_000
+
+
+def test_the_folder_may_be_a_link_to_another_disk(dcgan_run, workplace):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        assert os.stat(other).st_dev != os.stat(workplace).st_dev
+        (workplace / "data").mkdir()
+        (workplace / "data/celeba").symlink_to(other)
+        dcgan_run()
+        assert images(workplace) == FACES
 
 
 def test_a_cut_connection_goes_on_where_it_was(dcgan_run, server):

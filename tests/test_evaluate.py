@@ -82,13 +82,13 @@ def faces(first, number=30):
 
 
 def test_a_set_has_no_distance_from_itself_and_noise_is_farther_from_faces_than_other_faces(weights, few):
-    inception, fid, kid = dcgan.load_inception(str(weights), torch.device("cpu"))
+    inception = dcgan.load_inception(str(weights), torch.device("cpu"))
     sets = faces(0), faces(1000), torch.randint(256, (30, 3, 32, 32)).byte()
     one, other, noise = (dcgan.features(inception, s.split(20), 30, torch.device("cpu")) for s in sets)
     assert one.shape == (30, 2048) and one.dtype == torch.float32 and one.device.type == "cpu"
-    itself, near, far = (fid(one[:, :20], features[:, :20]) for features in (one, other, noise))
+    itself, near, far = (dcgan.distances(one[:, :20], features[:, :20])["fid"] for features in (one, other, noise))
     assert abs(itself) < 1e-3 * near and 5 * near < far
-    itself, near, far = (kid(one, features) for features in (one, other, noise))
+    itself, near, far = (dcgan.distances(one, features)["kid"] for features in (one, other, noise))
     assert abs(itself) < 0.01 * far and abs(near) < 0.1 * far
 
 

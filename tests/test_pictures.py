@@ -186,7 +186,7 @@ def test_a_strangers_file_among_the_samples_does_not_stop_a_run(tiny):
 
 
 def told(rows, diversity):
-    return list(dcgan.advice(rows, diversity) or ())
+    return list(dcgan.advice(rows, diversity))
 
 
 def epoch_of(d_real, d_fake, loss_d=1.0, loss_g=2.0):
@@ -195,7 +195,7 @@ def epoch_of(d_real, d_fake, loss_d=1.0, loss_g=2.0):
 
 
 def constants(line):
-    return [name for name in dcgan.settings() if name in line]
+    return [name for name in dcgan.SETTINGS if name in line]
 
 
 def test_a_discriminator_that_has_won_is_named_with_numbers_and_what_to_change():

@@ -16,7 +16,7 @@ def test_a_command_is_understood(arguments):
     words = shlex.split(arguments, comments=True)
     assert {word for word in words if word.startswith("--")} <= known
     options = vars(parser.parse_args(words))
-    for name, setting in dcgan.settings().items():
+    for name, setting in dcgan.SETTINGS.items():
         setting.check(name, options.get(name, getattr(dcgan, name)))
 
 
@@ -25,7 +25,7 @@ def test_flags_and_constants_that_are_named_exist():
     flags = set(re.findall(r"`(--[a-z-]+)", README)) - {"--nnodes", "--rdzv-endpoint"}
     assert len(flags) > 5 and flags <= known
     constants = set(re.findall(r"`([A-Z][A-Z0-9_]{3,})`", README))
-    assert len(constants) > 5 and constants <= set(dcgan.settings())
+    assert len(constants) > 5 and constants <= set(dcgan.SETTINGS)
 
 
 def test_defaults_in_the_table_are_the_constants():

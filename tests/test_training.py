@@ -106,7 +106,7 @@ def test_a_finished_run_changes_nothing_and_goes_on_when_epochs_rises(tiny, work
 
     assert tiny.main(["--epochs", "3"]) == 0
     said = capsys.readouterr().out
-    assert "EPOCHS 2 → 3" in said and "epoch 3, step 1" in said and "epoch 3/3" in said
+    assert "EPOCHS 2 -> 3" in said and "epoch 3, step 1" in said and "epoch 3/3" in said
     assert (workplace / "output/samples/epoch_003.png").exists()
     assert [(row["epoch"], row["step"]) for row in rows_of(workplace / "output")][-2:] == [("3", "4"), ("3", "5")]
     for epoch in (1, 2):
