@@ -207,7 +207,7 @@ def replacing(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -1000,7 +1000,7 @@ def draw_losses(rows):
         lower.set(ylabel='probability of "real"', ylim=(-0.02, 1.02), xlabel="epoch",
                   title="healthy: apart, but not stuck at 1 and 0, where the discriminator has won")
         for axes in (upper, lower):
-            axes.legend(loc="center right", fontsize=9)
+            axes.legend(fontsize=9)
             axes.grid(alpha=0.2)
 
 
@@ -1242,7 +1242,7 @@ def stop_now(run, signals, row):
         pending = torch.tensor(signals.pending or 0, device=run.trainer.device)
         torch.distributed.all_reduce(pending, torch.distributed.ReduceOp.MAX)
         signals.pending = pending.item() or None
-    return agree and signals.pending
+    return bool(agree and signals.pending)
 
 
 # --------------------------------------------------------------------------------------- using a trained generator
