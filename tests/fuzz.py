@@ -1,6 +1,7 @@
 """Hand broken checkpoints, images, caches and settings to dcgan.py: each ends well, or in one line that says why.
 
-    python tests/fuzz.py --checkpoints 500 --images 500 --caches 100 --settings 200 --seed 0
+    python tests/fuzz.py                                     # 500 checkpoints, 500 images, 100 caches, 200 settings
+    python tests/fuzz.py --checkpoints 5000 --seed 1
 
 Prints a table, then what failed; the exit status is 1 if anything did. In one process, and with the pictures of an
 epoch's end left out, for speed; the rest is the real thing.
@@ -350,8 +351,8 @@ class Fuzz:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("checkpoints", "images", "caches", "settings", "seed"):
-        parser.add_argument(f"--{name}", type=int, default=0)
+    for name, default in {"checkpoints": 500, "images": 500, "caches": 100, "settings": 200, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     options = vars(parser.parse_args())
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
