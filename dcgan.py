@@ -257,15 +257,17 @@ def download_celeba():
 
     With the user's Kaggle credentials if they are good, else without. Raises OSError if Kaggle, network or disk fail.
     """
-    folder = fill(Path(DATA_DIR), fetch_celeba)
-    shutil.rmtree(folder.with_name(folder.name + ".download"), ignore_errors=True)
+    folder = Path(DATA_DIR)
+    downloads = folder.with_name(folder.name + ".download")
+    fill(folder, lambda part: fetch_celeba(downloads, part))
+    shutil.rmtree(downloads, ignore_errors=True)
     return folder
 
 
 def fill(folder, put):
     """Unless `folder` has images, let `put(part)` fill a hidden folder in it, which then gets a name: all or none."""
     if has_images(folder):
-        return folder
+        return
     with locked(folder.with_name(folder.name + ".lock"), f"another process is filling {folder}; waiting for it"):
         if not has_images(folder):
             part = folder / ".part"  # on the same disk, wherever a link or a mount leads
@@ -274,12 +276,10 @@ def fill(folder, put):
             put(part)
             say(f"{len(os.listdir(part)):,} images in {folder}")
             os.replace(part, folder / "images")
-    return folder
 
 
-def fetch_celeba(folder):
-    """Put the images of KAGGLE_DATASET into `folder`, by way of an archive that a next run goes on with."""
-    downloads = Path(DATA_DIR).with_name(Path(DATA_DIR).name + ".download")
+def fetch_celeba(downloads, folder):
+    """Put the images of KAGGLE_DATASET into `folder`, by way of `downloads`, which a next run goes on with."""
     archive = downloads / (KAGGLE_DATASET.split("/")[1] + ".zip")
     for attempt in (1, 2):
         try:
