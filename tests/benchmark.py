@@ -1,7 +1,8 @@
-"""How fast dcgan.py trains, beside the usual public DCGAN script, on this machine and the same images.
+"""How fast dcgan.py trains, beside the usual public DCGAN script, on the same images.
 
-    python tests/benchmark.py [FOLDER]              # FOLDER of real images; without: faces that dcgan.py draws
-    python tests/benchmark.py --image-size 32 64 128 256 --processes 1,2 --decode --scale --generation   # more tables
+    python tests/benchmark.py [FOLDER]      # FOLDER of images; without: faces that dcgan.py draws
+    python tests/benchmark.py --image-size 32 64 128 256 --processes 1,2     # more tables
+    python tests/benchmark.py --rounds 0 --decode --scale --generation       # and more
 
 Both are measured in turn, warm, for several rounds; the figures are medians over the rounds.
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
 from torchvision import transforms
 
@@ -38,34 +40,41 @@ USUAL_TRANSFORM = transforms.Compose(
 )
 
 
+def usual_networks():
+    """The two networks of the usual public script at 64 pixels, with Sigmoid."""
+    net_g = [nn.ConvTranspose2d(100, 512, 4, 1, 0, bias=False), nn.BatchNorm2d(512), nn.ReLU(True)]
+    for n in (512, 256, 128):
+        up = nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)
+        net_g += [up, nn.BatchNorm2d(n // 2), nn.ReLU(True)]
+    net_g += [nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh()]
+    net_d = [nn.Conv2d(3, 64, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True)]
+    for n in (64, 128, 256):
+        down = nn.Conv2d(n, n * 2, 4, 2, 1, bias=False)
+        net_d += [down, nn.BatchNorm2d(n * 2), nn.LeakyReLU(0.2, True)]
+    net_d += [nn.Conv2d(512, 1, 4, 1, 0, bias=False), nn.Sigmoid()]
+    return nn.Sequential(*net_g), nn.Sequential(*net_d)
+
+
+def usual_weights(module):
+    if "Conv" in type(module).__name__:
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif "BatchNorm" in type(module).__name__:
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)
+
+
 def usual(folder, device):
-    """The usual public script at 64 pixels, a step at a time: Sigmoid, BCELoss, float32, JPEGs decoded every time."""
+    """The usual public script, a step at a time: BCELoss, float32, JPEGs decoded every time."""
     with tempfile.TemporaryDirectory() as root:
-        os.symlink(Path(folder).resolve(), Path(root) / "faces")  # ImageFolder wants a folder for each class
+        # ImageFolder wants a folder for each class.
+        os.symlink(Path(folder).resolve(), Path(root) / "faces")
         dataset = torchvision.datasets.ImageFolder(root, USUAL_TRANSFORM)
-        dataset.samples = dataset.samples[: dcgan.MAX_IMAGES]
-        # As long an epoch as CelebA's, so that starting the workers weighs no more than it does there.
-        dataset.samples *= -(-CELEBA // len(dataset.samples))
-        loader = torch.utils.data.DataLoader(dataset, dcgan.BATCH_SIZE, shuffle=True, num_workers=2, drop_last=True)
-
-        def weights_init(module):
-            if "Conv" in type(module).__name__:
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif "BatchNorm" in type(module).__name__:
-                nn.init.normal_(module.weight, 1.0, 0.02)
-                nn.init.zeros_(module.bias)
-
-        net_g, net_d = [nn.ConvTranspose2d(100, 512, 4, 1, 0, bias=False), nn.BatchNorm2d(512), nn.ReLU(True)], []
-        for n in (512, 256, 128):
-            up = nn.ConvTranspose2d(n, n // 2, 4, 2, 1, bias=False)
-            net_g += [up, nn.BatchNorm2d(n // 2), nn.ReLU(True)]
-        net_g = nn.Sequential(*net_g, nn.ConvTranspose2d(64, 3, 4, 2, 1, bias=False), nn.Tanh())
-        for n in (64, 128, 256):
-            down = nn.Conv2d(n, n * 2, 4, 2, 1, bias=False)
-            net_d += [down, nn.BatchNorm2d(n * 2), nn.LeakyReLU(0.2, True)]
-        net_d = [nn.Conv2d(3, 64, 4, 2, 1, bias=False), nn.LeakyReLU(0.2, True), *net_d]
-        net_d = nn.Sequential(*net_d, nn.Conv2d(512, 1, 4, 1, 0, bias=False), nn.Sigmoid())
-        net_g, net_d = net_g.to(device).apply(weights_init), net_d.to(device).apply(weights_init)
+        samples = dataset.samples[: dcgan.MAX_IMAGES]
+        # As long an epoch as CelebA's: starting the workers weighs no more than it does there.
+        dataset.samples = samples * -(-CELEBA // len(samples))
+        options = {"shuffle": True, "num_workers": 2, "drop_last": True}
+        loader = torch.utils.data.DataLoader(dataset, dcgan.BATCH_SIZE, **options)
+        net_g, net_d = (network.to(device).apply(usual_weights) for network in usual_networks())
         optimizer_g = torch.optim.Adam(net_g.parameters(), lr=2e-4, betas=(0.5, 0.999))
         optimizer_d = torch.optim.Adam(net_d.parameters(), lr=2e-4, betas=(0.5, 0.999))
         criterion = nn.BCELoss()
@@ -159,19 +168,30 @@ def table(title, rows):
         print("  ".join(["", str(first).ljust(widths[0]), *cells]), flush=True)
 
 
+def setup():
+    """(device, dtype, images) as dcgan.py's settings say."""
+    device = dcgan.pick_device()
+    images, _ = dcgan.load_faces(dcgan.IMAGE_SIZE)
+    return device, dcgan.pick_dtype(device), images
+
+
 def probe(options):
-    """In a process of its own, started at `options.began`: one training's first step, speed and memory, as JSON."""
-    device, dtype = dcgan.pick_device()
+    """One training's first step, speed and memory, as JSON.
+
+    In a process of its own, which has been started at `options.began`.
+    """
     if options.probe == "usual":
+        device = dcgan.pick_device()
         stepper = usual(dcgan.DATA_DIR, device)
     else:
-        images, _ = dcgan.load_faces()
+        device, dtype, images = setup()
         if dcgan.WORLD_SIZE > 1:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         stepper = ours(images, device, dtype)
     next(stepper)
     synchronize(device)
-    found = {"first_step": time.time() - options.began, "speed": speed(stepper, options.steps, device)}
+    found = {"first_step": time.time() - options.began}
+    found["speed"] = speed(stepper, options.steps, device)
     if Path("/proc/self/status").exists():
         found["anonymous"] = anonymous_memory()
     stepper.close()
@@ -183,22 +203,28 @@ def probe(options):
 
 def probed(options, kind, processes=1, **changed):
     """The figures of `probe` in a fresh process, or of several by torchrun."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     values = vars(options) | {"probe": kind, "began": time.time()} | changed
-    names = ("images", "steps", "batch_size", "device", "cache", "probe", "began", "image_size")
-    given = [f"{dcgan.flag(name)}={values[name]}" for name in names if values[name] is not None]
-    command = [sys.executable, *torchrun, __file__, str(values["folder"]), *given]
+    command += [__file__, str(values["folder"])]
+    for name in "images steps batch_size device cache probe began image_size".split():
+        if values[name] is not None:
+            command.append(f"{dcgan.flag(name)}={values[name]}")
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+# ------------------------------------------------------------------------------------------- tables
+
+
 def compare(options):
     """The main table: both scripts in turn on the same images."""
-    first, later, other = (probed(options, kind, steps=4, image_size=64) for kind in ("ours", "ours", "usual"))
-    device, dtype = dcgan.pick_device()
-    images, _ = dcgan.load_faces()
+    figures = {"steps": 4, "image_size": 64}
+    first, later, other = (probed(options, kind, **figures) for kind in ("ours", "ours", "usual"))
+    device, dtype, images = setup()
     steppers = {"ours": ours(images, device, dtype), "usual": usual(dcgan.DATA_DIR, device)}
     speeds = {name: [] for name in steppers}
     for _ in range(options.rounds):
@@ -208,29 +234,32 @@ def compare(options):
     for stepper in steppers.values():
         stepper.close()
     one, two = (statistics.median(speeds[name]) for name in ("ours", "usual"))
-    flops, peak = flops_a_step(images, device, dtype), peak_flops(device, dtype)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    kind = "GPU memory" if device.type == "cuda" else "memory, main process"
     ratios = sorted(a / b for a, b in zip(speeds["ours"], speeds["usual"]))
-    name = str(dtype).removeprefix("torch.")
+    ranges = [f"{min(found):,.1f} to {max(found):,.1f}" for found in speeds.values()]
+    flops, peak = flops_a_step(images, device, dtype), peak_flops(device, dtype)
+    share = f"{100 * one * flops / dcgan.BATCH_SIZE / peak:.1f} %"
+    precision = str(dtype).removeprefix("torch.")
+    where, kind = f"CPU, {torch.get_num_threads()} threads", "memory, main process"
+    if device.type == "cuda":
+        where, kind = torch.cuda.get_device_name(device), "GPU memory"
+    starts = [f"{found['first_step']:.1f}" for found in (first, later, other)]
+    peaks = [f"{found['memory']:,.0f}" for found in (later, other)]
     table(
-        f"{where}, PyTorch {torch.__version__}; {len(images):,} images, 64 pixels, batch {dcgan.BATCH_SIZE}, "
-        f"{options.rounds} rounds of {options.steps} steps",
+        f"{where}, PyTorch {torch.__version__}; {len(images):,} images, 64 pixels, "
+        f"batch {dcgan.BATCH_SIZE}, {options.rounds} rounds of {options.steps} steps",
         [
             ("", "dcgan.py", "usual", "ratio"),
-            ("arithmetic", name, "float32", ""),
+            ("arithmetic", precision, "float32", ""),
             ("images/s, median", f"{one:,.1f}", f"{two:,.1f}", f"{one / two:.2f}"),
-            ("  lowest to highest", *(f"{min(s):,.1f} to {max(s):,.1f}" for s in speeds.values()),
-             f"{ratios[0]:.2f} to {ratios[-1]:.2f}"),
-            (f"epoch of {CELEBA:,} images at that speed, s", f"{CELEBA / one:,.0f}", f"{CELEBA / two:,.0f}", ""),
-            ("start of process to first step, the first time, s", f"{first['first_step']:.1f}", "", ""),
-            ("start of process to first step, s", f"{later['first_step']:.1f}", f"{other['first_step']:.1f}", ""),
-            (f"peak {kind}, MiB", f"{later['memory']:,.0f}", f"{other['memory']:,.0f}", ""),
+            ("  lowest to highest", *ranges, f"{ratios[0]:.2f} to {ratios[-1]:.2f}"),
+            ("epoch of CelebA at that speed, s", *(f"{CELEBA / n:,.0f}" for n in (one, two)), ""),
+            ("start of process to first step, the first time, s", starts[0], "", ""),
+            ("start of process to first step, s", *starts[1:], ""),
+            (f"peak {kind}, MiB", *peaks, ""),
             ("GFLOP an image", f"{flops / dcgan.BATCH_SIZE / 1e9:.2f}", "", ""),
-            (f"share of a {name} matrix product's {peak / 1e12:,.2f} TFLOP/s",
-             f"{100 * one * flops / dcgan.BATCH_SIZE / peak:.1f} %", "", ""),
+            (f"share of {peak / 1e12:,.2f} TFLOP/s of a {precision} product", share, "", ""),
         ],
-    )  # fmt: skip
+    )
 
 
 def sizes(options):
@@ -245,19 +274,20 @@ def sizes(options):
 def processes(options):
     rows = [("processes", "images/s")]
     for count in options.processes.split(","):
-        rows.append((count, f"{probed(options, 'ours', int(count), image_size=64)['speed']:,.1f}"))
+        found = probed(options, "ours", int(count), image_size=64)
+        rows.append((count, f"{found['speed']:,.1f}"))
     table(f"dcgan.py by torchrun, {dcgan.BATCH_SIZE} images a step in all", rows)
 
 
 def decode(options):
     """Per core: seconds are the process's own, so that a busy machine does not count."""
-    from PIL import Image
-
     torch.set_num_threads(1)
     folder = Path(dcgan.DATA_DIR)
-    paths = [folder / name for name in sorted(name for name, *_ in dcgan.list_images(folder))[:500]]
-    ways = {"dcgan.read_face": lambda path: dcgan.read_face(path, 64),
-            "the usual transform": lambda path: USUAL_TRANSFORM(Image.open(path).convert("RGB"))}  # fmt: skip
+    paths = [folder / name for name, *_ in sorted(dcgan.list_images(folder))[:500]]
+    ways = {
+        "dcgan.read_face": lambda path: dcgan.read_face(path, 64),
+        "the usual transform": lambda path: USUAL_TRANSFORM(Image.open(path).convert("RGB")),
+    }
     speeds = {name: [] for name in ways}
     for _ in range(options.rounds + 1):
         for name, way in ways.items():
@@ -265,31 +295,41 @@ def decode(options):
             for path in paths:
                 way(path)
             speeds[name].append(len(paths) / (time.process_time() - began))
-    table("JPEGs decoded a second and core", [(name, f"{statistics.median(s[1:]):,.0f}") for name, s in speeds.items()])
+    medians = [(name, f"{statistics.median(found[1:]):,.0f}") for name, found in speeds.items()]
+    table("JPEGs decoded a second and core", medians)
+
+
+def generation(options):
+    network = dcgan.Generator(dcgan.IMAGE_SIZE, dcgan.LATENT_SIZE, dcgan.G_FEATURES)
+    settings = {name: getattr(dcgan, name) for name in dcgan.NETWORK_SETTINGS}
+    state = {"epoch": 1, "images": 1, "average": network.state_dict(), "settings": settings}
+    file = Path(options.cache) / "generator.pt"
+    torch.save(state, file)
+    trained = dcgan.TrainedGenerator(file)
+    number = dcgan.GENERATION_BATCH * options.steps
+    speeds = []
+    for seed in range(options.rounds + 1):
+        began = time.perf_counter()
+        for _ in trained.images(number, seed):
+            pass
+        speeds.append(number / (time.perf_counter() - began))
+    median = statistics.median(speeds[1:])
+    table("generation, into the CPU's memory", [("images/s, median", f"{median:,.0f}")])
 
 
 def scale(options):
     """Folders of empty files, with a cache of zeros that takes no room on the disk."""
-
-    def sparse(folder, names, path, key):
-        with open(path, "wb") as file:
-            file.write(json.dumps({"key": key, "images": len(names)}).ljust(dcgan.HEADER_BYTES).encode())
-            file.truncate(dcgan.HEADER_BYTES + len(names) * 3 * dcgan.IMAGE_SIZE**2)
-
-    names = "images|list and open, s|to first step, s|cold, images/s|warm, images/s|batches, MiB|run, MiB"
-    rows = [tuple(names.split("|"))]
-    dcgan.MAX_IMAGES, honest, device = None, dcgan.decode, dcgan.pick_device()[0]
+    rows = [
+        ("images", "list and open, s", "to first step, s", "cold, images/s", "warm, images/s")
+        + ("batches, MiB", "run, MiB")
+    ]
+    dcgan.MAX_IMAGES, device = None, dcgan.pick_device()
     for count in options.scale:
         with tempfile.TemporaryDirectory() as place:
             dcgan.DATA_DIR, dcgan.CACHE_DIR = f"{place}/faces", f"{place}/cache"
-            os.mkdir(dcgan.DATA_DIR)
-            for index in range(count):
-                os.close(os.open(f"{dcgan.DATA_DIR}/{index:07d}.jpg", os.O_CREAT))
-            dcgan.decode = sparse
-            dcgan.load_faces()
-            dcgan.decode = honest
+            make_empty(count)
             began = time.perf_counter()
-            images, _ = dcgan.load_faces()
+            images, _ = dcgan.load_faces(dcgan.IMAGE_SIZE)
             loaded, before = time.perf_counter() - began, anonymous_memory()
             batches, speeds = dcgan.Batches(images, device), []
             for epoch in range(12):  # the first ones still map pages in, which an epoch does once
@@ -298,73 +338,92 @@ def scale(options):
                 synchronize(device)
                 speeds.append(taken * dcgan.BATCH_SIZE / (time.perf_counter() - began))
             grown = anonymous_memory() - before
-            changed = {
-                "folder": dcgan.DATA_DIR,
-                "cache": dcgan.CACHE_DIR,
-                "images": count,
-                "image_size": 64,
-                "steps": 2,
-            }
-            found = probed(options, "ours", **changed)
+            changed = {"folder": dcgan.DATA_DIR, "cache": dcgan.CACHE_DIR, "images": count}
+            found = probed(options, "ours", image_size=64, steps=2, **changed)
             figures = (speeds[0], speeds[-1], grown, found["anonymous"])
-            rows.append((f"{count:,}", f"{loaded:.2f}", f"{found['first_step']:.1f}", *(f"{n:,.0f}" for n in figures)))
-    table("dcgan.py on many images (empty files, a cache of zeros): 300 batches of an epoch, anonymous memory", rows)
+            times = (f"{loaded:.2f}", f"{found['first_step']:.1f}")
+            rows.append((f"{count:,}", *times, *(f"{figure:,.0f}" for figure in figures)))
+    table(
+        "dcgan.py on many images (empty files, a cache of zeros): "
+        "300 batches of an epoch, anonymous memory",
+        rows,
+    )
 
 
-def generation(options):
-    network = dcgan.Generator(dcgan.IMAGE_SIZE, dcgan.LATENT_SIZE, dcgan.G_FEATURES)
-    about = {name: getattr(dcgan, name) for name in dcgan.NETWORK_SETTINGS}
-    file = Path(options.cache) / "generator.pt"
-    torch.save({"epoch": 1, "images": 1, "ema": network.state_dict(), "settings": about}, file)
-    faces = dcgan.Faces(file)
-    number = dcgan.GENERATION_BATCH * options.steps
-    list(faces.batches(2 * dcgan.GENERATION_BATCH, 0))
-    speeds = []
-    for seed in range(options.rounds):
-        began = time.perf_counter()
-        for _ in faces.batches(number, seed):
-            pass
-        speeds.append(number / (time.perf_counter() - began))
-    table("generation, into the CPU's memory", [("images/s, median", f"{statistics.median(speeds):,.0f}")])
+def make_empty(count):
+    """Put `count` empty files into DATA_DIR, and what dcgan.py takes for their cache in place."""
+    folder, size = Path(dcgan.DATA_DIR), dcgan.IMAGE_SIZE
+    folder.mkdir()
+    for index in range(count):
+        os.close(os.open(f"{folder}/{index:07d}.jpg", os.O_CREAT))
+    key = dcgan.data_key(sorted(dcgan.list_images(folder)), size)
+    path = dcgan.cache_path(folder, key, size)
+    path.parent.mkdir()
+    with open(path, "wb") as file:
+        dcgan.write_cache_header(file, count, size)
+        file.truncate(file.tell() + count * 3 * size**2)
+
+
+# ------------------------------------------------------------------------------------- command line
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", help="real images; default: drawn faces")
-    parser.add_argument("--images", type=int, default=1000, help="use, or draw, so many [%(default)s]")
-    parser.add_argument("--steps", type=int, help="steps a round [15 on a CPU, 300 on a GPU]")
-    parser.add_argument("--rounds", type=int, default=3, help="[%(default)s]; 0: no main table")
-    parser.add_argument("--batch-size", type=int, default=dcgan.BATCH_SIZE, help="[%(default)s]")
-    parser.add_argument("--device", help="as dcgan.py's --device")
-    parser.add_argument("--image-size", type=int, nargs="+", metavar="S", help="a table of these sizes")
-    parser.add_argument("--processes", metavar="1,2", help="a table of so many processes by torchrun")
-    parser.add_argument("--decode", action="store_true", help="a table of decoding")
-    parser.add_argument("--generation", action="store_true", help="a table of generation")
-    parser.add_argument("--scale", type=int, nargs="*", metavar="N", help="a table of so many images [10 k to 1 M]")
-    for name in ("--cache", "--probe", "--began"):
-        parser.add_argument(name, help=argparse.SUPPRESS, type=float if name == "--began" else str)
-    options = parser.parse_args()
+    options = parse()
     with tempfile.TemporaryDirectory() as place:
         options.cache = options.cache or place
         if options.folder is None:
             options.folder = Path(place) / "faces"
             options.folder.mkdir()
             for index in range(options.images):
-                dcgan.draw_face(random.Random(index)).save(options.folder / f"{index:06d}.jpg", quality=90)
-        dcgan.DATA_DIR, dcgan.CACHE_DIR, dcgan.OUTPUT_DIR = str(options.folder), str(options.cache), place
-        dcgan.MAX_IMAGES, dcgan.BATCH_SIZE, dcgan.DEVICE = options.images, options.batch_size, options.device
+                face = dcgan.draw_face(random.Random(index))
+                face.save(options.folder / f"{index:06d}.jpg", quality=90)
+        dcgan.DATA_DIR = str(options.folder)
+        dcgan.CACHE_DIR = str(options.cache)
+        dcgan.OUTPUT_DIR = place
+        dcgan.MAX_IMAGES = options.images
+        dcgan.BATCH_SIZE = options.batch_size
+        dcgan.DEVICE = options.device
         dcgan.IMAGE_SIZE = options.image_size[0] if options.probe else 64
         dcgan.check_settings()
-        options.steps = options.steps or (300 if dcgan.pick_device()[0].type == "cuda" else 15)
+        if options.steps is None:
+            options.steps = 300 if dcgan.pick_device().type == "cuda" else 15
         if options.probe:
             return probe(options)
         if options.rounds:
             compare(options)
         options.rounds = options.rounds or 3
-        options.scale = [10_000, 100_000, 1_000_000] if options.scale == [] else options.scale
-        for make in (sizes, processes, decode, generation, scale):
-            if getattr(options, {"sizes": "image_size"}.get(make.__name__, make.__name__)):
-                make(options)
+        if options.image_size:
+            sizes(options)
+        if options.processes:
+            processes(options)
+        if options.decode:
+            decode(options)
+        if options.generation:
+            generation(options)
+        if options.scale is not None:
+            options.scale = options.scale or [10_000, 100_000, 1_000_000]
+            scale(options)
+
+
+def parse():
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("folder", nargs="?", help="real images; default: drawn faces")
+    add("--images", type=int, default=1000, help="use, or draw, so many [%(default)s]")
+    add("--steps", type=int, help="steps a round [15 on a CPU, 300 on a GPU]")
+    add("--rounds", type=int, default=3, help="[%(default)s]; 0: no main table")
+    add("--batch-size", type=int, default=dcgan.BATCH_SIZE, help="[%(default)s]")
+    add("--device", help="as dcgan.py's --device")
+    add("--image-size", type=int, nargs="+", metavar="S", help="a table of these sizes")
+    add("--processes", metavar="1,2", help="a table of so many processes by torchrun")
+    add("--decode", action="store_true", help="a table of decoding")
+    add("--generation", action="store_true", help="a table of generation")
+    add("--scale", type=int, nargs="*", metavar="N", help="a table of N images [10 k to 1 M]")
+    for name in ("--cache", "--probe"):
+        add(name, help=argparse.SUPPRESS)
+    add("--began", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: a folder of drawn faces, tiny settings, and the script run as a user runs it."""
+"""What the tests share: drawn faces, tiny settings, and the script run as a user runs it."""
 
 import os
 import random
@@ -15,12 +15,22 @@ sys.path.insert(0, str(ROOT))
 
 import dcgan  # noqa: E402
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and its children
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background job has it ignored, and its children
 
 TINY = {
-    "IMAGE_SIZE": 32, "BATCH_SIZE": 8, "LATENT_SIZE": 8, "G_FEATURES": 4, "D_FEATURES": 4,
-    "EPOCHS": 2, "LOG_EVERY": 2, "WORKERS": 0, "DEVICE": "cpu", "PRECISION": "float32",
-}  # fmt: skip
+    "IMAGE_SIZE": 32,
+    "BATCH_SIZE": 8,
+    "LATENT_SIZE": 8,
+    "G_FEATURES": 4,
+    "D_FEATURES": 4,
+    "EPOCHS": 2,
+    "LOG_EVERY": 2,
+    "WORKERS": 0,
+    "DEVICE": "cpu",
+    "PRECISION": "float32",
+}
 
 
 def flags(**changed):
@@ -32,13 +42,18 @@ def flags(**changed):
 def start(*arguments, cwd, env=None, **options):
     """Start `python dcgan.py ARGUMENTS` in `cwd`; the process, with its output in pipes of text."""
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
+    pipes = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "stdin": subprocess.DEVNULL,
+    }
     env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.Popen(command, cwd=cwd, env=env, **pipes | options)
 
 
 def run(*arguments, cwd, env=None, timeout=300, **options):
-    """Run `python dcgan.py ARGUMENTS` in `cwd` to its end: a CompletedProcess with returncode, stdout, stderr."""
+    """Run `python dcgan.py ARGUMENTS` in `cwd` to its end. Returns a CompletedProcess."""
     with start(*arguments, cwd=cwd, env=env, **options) as process:
         try:
             stdout, stderr = process.communicate(timeout=timeout)
@@ -69,7 +84,7 @@ def workplace(tmp_path, all_faces):
 
 @pytest.fixture
 def tiny(monkeypatch, workplace):
-    """`dcgan` itself with tiny settings, in an empty folder that is the working directory and holds `faces`."""
+    """`dcgan` itself with tiny settings, in a working directory that holds only `faces`."""
     monkeypatch.chdir(workplace)
     for name, value in (TINY | {"DATA_DIR": "faces"}).items():
         monkeypatch.setattr(dcgan, name, value)

@@ -1,6 +1,8 @@
-"""A small Kaggle on loopback, for the real kaggle client: the API, a storage address that it redirects to, and faults.
+"""A small Kaggle on loopback, for the real kaggle client: the API, its storage, and faults.
 
-python tests/kaggle_server.py ARCHIVE.zip SCRIPT [ARGUMENT ...]   # run a script against it, served from ARCHIVE.zip
+To run a script against it, with the archive that it serves:
+
+    python tests/kaggle_server.py ARCHIVE.zip SCRIPT [ARGUMENT ...]
 """
 
 import base64
@@ -14,18 +16,19 @@ import sys
 import threading
 from pathlib import Path
 
-# Kaggle's client knows localhost only on port 80; this starts a script with another port.
-LAUNCHER = """
-import runpy, sys
+# Kaggle's client knows localhost only on port 80. Python runs this file when it starts, so the
+# client's own process has the other port.
+SITE_CUSTOMIZE = """
+import os
 import kagglesdk.kaggle_env as env
-env._env_to_endpoint[env.KaggleEnv.LOCAL] = sys.argv[1]
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
+env._env_to_endpoint[env.KaggleEnv.LOCAL] = os.environ["TEST_SERVER_ADDRESS"]
 """
 
 
 class KaggleServer(http.server.ThreadingHTTPServer):
-    """Serves `archive` (bytes), with `needs_token` to good credentials alone; bad ones are refused in any case.
+    """Serves `archive` (bytes), with `needs_token` to good credentials alone.
+
+    Bad credentials are refused in any case.
 
     Faults, each a list of which every request uses up the first entry:
 
@@ -53,17 +56,18 @@ class KaggleServer(http.server.ThreadingHTTPServer):
     def environment(self, home, **more):
         """Variables for a process that shall speak to this server, and can reach no other."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE")}
-        return kept | {
+        modules = Path(home) / "modules"
+        modules.mkdir(parents=True, exist_ok=True)
+        (modules / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
+        variables = {
             "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+            "TEST_SERVER_ADDRESS": self.address,
+            "PYTHONPATH": str(modules),
             "HOME": str(home),
             "https_proxy": "http://127.0.0.1:9",
             "no_proxy": "localhost,127.0.0.1",
-            **more,
         }
-
-    def command(self, script, *arguments):
-        """The command that runs a Python script against this server."""
-        return [sys.executable, "-c", LAUNCHER, self.address, str(script), *map(str, arguments)]
+        return kept | variables | more
 
     def downloads(self):
         return [request for request in self.requests if request[0] == "GET"]
@@ -85,7 +89,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, status, body, kind="application/json", **headers):
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(body)
@@ -98,7 +106,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.hang:
             server.closing.wait(server.hang.pop(0))
         if self.path.endswith("/IntrospectToken"):
-            self.answer(200, json.dumps({"active": authorised, "username": "someone" if authorised else ""}).encode())
+            self.answer(
+                200,
+                json.dumps(
+                    {"active": authorised, "username": "someone" if authorised else ""}
+                ).encode(),
+            )
+        elif self.path.endswith("/GetDatasetMetadata") and not (
+            server.needs_token and not authorised
+        ):
+            self.answer(200, b'{"info": {"licenses": [{"name": "other"}]}}')
         elif server.api_answers:
             status = server.api_answers.pop(0)
             self.answer(status, json.dumps({"code": status, "message": "refused"}).encode())
@@ -150,4 +167,5 @@ def serving(archive, **options):
 if __name__ == "__main__":
     with serving(Path(sys.argv[1]).read_bytes()) as kaggle:
         home = Path("home").resolve()
-        sys.exit(subprocess.run(kaggle.command(*sys.argv[2:]), env=kaggle.environment(home)).returncode)
+        command = [sys.executable, *sys.argv[2:]]
+        sys.exit(subprocess.run(command, env=kaggle.environment(home)).returncode)

@@ -1,4 +1,7 @@
-"""Several processes by real torchrun (gloo, on the CPU) train as one would; torchrun runs this file too, to see how."""
+"""Several processes by real torchrun (gloo, on the CPU) train as one would.
+
+torchrun runs this file, too, to see how.
+"""
 
 import contextlib
 import csv
@@ -16,8 +19,6 @@ import pytest
 import torch
 from conftest import SCRIPT, dcgan, flags
 
-KEYS = [(1, 2), (1, 4), (1, 5), (2, 2), (2, 4), (2, 5)]  # epoch and step of metrics.csv's rows: 40 images, 8 a step
-
 
 def drive():
     """`dcgan.main`, with a trainer that also notes what it sees: in rank-0.pt, rank-1.pt."""
@@ -33,7 +34,8 @@ def drive():
             seen["faces"].append(faces.clone())
             seen["group"] = torch.distributed.is_initialized()
             networks = (self.generator, self.discriminator, self.average)
-            seen["weights"] = [weight.detach().clone() for network in networks for weight in network.parameters()]
+            weights = [weight for network in networks for weight in network.parameters()]
+            seen["weights"] = [weight.detach().clone() for weight in weights]
 
     dcgan.Trainer = Spy
     status = dcgan.main()
@@ -42,29 +44,39 @@ def drive():
 
 
 def gradients(trainer_class, *where):
-    """Of one step, on a batch that is the same for any number of processes, with BatchNorm's statistics fixed."""
+    """Of one step on a batch that is the same for any number of processes.
+
+    BatchNorm's statistics are fixed, for on a CPU they are those of each process's share.
+    """
     rate, dcgan.LEARNING_RATE = dcgan.LEARNING_RATE, 0.0
     trainer = trainer_class(*where)
     dcgan.LEARNING_RATE = rate
-    for network in (trainer.g, trainer.d):
+    for network in (trainer.joint_generator, trainer.joint_discriminator):
         network.eval()
-    share, stream = dcgan.BATCH_SIZE // dcgan.WORLD_SIZE, torch.Generator().manual_seed(1)
-    faces = torch.randint(256, (dcgan.BATCH_SIZE, 3, dcgan.IMAGE_SIZE, dcgan.IMAGE_SIZE), generator=stream)
-    flips = torch.rand(dcgan.BATCH_SIZE, 1, 1, 1, generator=stream) < 0.5
-    latents = torch.randn(dcgan.BATCH_SIZE, dcgan.LATENT_SIZE, 1, 1, generator=stream)
-    trainer.step(*(part.split(share)[dcgan.RANK] for part in (faces.byte(), flips, latents)))
-    return [p.grad for network in (trainer.generator, trainer.discriminator) for p in network.parameters()]
+    size, number = dcgan.IMAGE_SIZE, dcgan.BATCH_SIZE
+    stream = torch.Generator().manual_seed(1)
+    faces = torch.randint(256, (number, 3, size, size), generator=stream).byte()
+    flips = torch.rand(number, 1, 1, 1, generator=stream) < 0.5
+    latents = torch.randn(number, dcgan.LATENT_SIZE, 1, 1, generator=stream)
+    share = number // dcgan.WORLD_SIZE
+    trainer.step(*(part.split(share)[dcgan.RANK] for part in (faces, flips, latents)))
+    networks = (trainer.generator, trainer.discriminator)
+    return [weight.grad for network in networks for weight in network.parameters()]
 
 
 class Torchrun:
-    """torchrun in `folder`, its output in files there; within `with`: at its end nothing of it is left running."""
+    """torchrun in `folder`, its output in files there.
+
+    After `with` nothing of it is left running.
+    """
 
     def __init__(self, folder, *arguments, script=SCRIPT, processes=2, options=("--standalone",)):
         self.out, self.err = folder / "out.txt", folder / "err.txt"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options, script]
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        command += [*options, script, *arguments]
         with open(self.out, "w") as out, open(self.err, "w") as err:
             self.process = subprocess.Popen(
-                [*map(str, command), *map(str, arguments)],
+                list(map(str, command)),
                 cwd=folder,
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
@@ -85,21 +97,26 @@ class Torchrun:
         """The processes of the ranks, by rank."""
         with contextlib.suppress(psutil.NoSuchProcess):
             found = psutil.Process(self.process.pid).children(recursive=True)
-            return sorted((p for p in found if "RANK" in p.environ()), key=lambda p: int(p.environ()["RANK"]))
+            ranks = [process for process in found if "RANK" in process.environ()]
+            return sorted(ranks, key=lambda process: int(process.environ()["RANK"]))
         return []
+
+    def said(self):
+        """What it has printed so far, for a message."""
+        return f"{self.out.read_text()}\n{self.err.read_text()[-3000:]}"
 
     def wait(self, timeout=150):
         """Its exit status."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            pytest.fail(f"torchrun did not end in {timeout} s; {self.out.read_text()} {self.err.read_text()}")
+            pytest.fail(f"torchrun did not end in {timeout} s: {self.said()}")
 
     def until(self, text, count=1, timeout=150):
         """Wait for `text` to have been printed."""
         end = time.monotonic() + timeout
         while self.out.read_text().count(text) < count:
-            assert self.process.poll() is None and time.monotonic() < end, self.err.read_text()[-3000:]
+            assert self.process.poll() is None and time.monotonic() < end, self.said()
             time.sleep(0.05)
 
 
@@ -109,15 +126,26 @@ def rows(folder):
 
 
 def keys(folder):
+    """(epoch, step) of the rows of metrics.csv."""
     return [(int(row["epoch"]), int(row["step"])) for row in rows(folder)]
+
+
+def keys_of(epochs):
+    """What `keys` has to be after so many epochs of 40 images, 8 a step and 2 steps a row."""
+    return [(epoch, step) for epoch in range(1, epochs + 1) for step in (2, 4, 5)]
 
 
 def checkpoint(folder):
     return torch.load(folder / "output/checkpoint.pt", weights_only=True)
 
 
+def going_on(epoch, step):
+    """The line with which a run begins whose checkpoint holds so many epochs and steps."""
+    return f"going on from output/checkpoint.pt: epoch {epoch + 1}, step {step + 1}\n"
+
+
 def stop_in_step(monkeypatch, step):
-    """From here on SIGTERM comes to this process in the `step`th step, and the command ends by it."""
+    """Train here until SIGTERM comes in the `step`th step, and the command ends by it."""
     advance, steps = dcgan.Trainer.advance, []
 
     def advance_and_stop(trainer, *batch):
@@ -133,21 +161,29 @@ def stop_in_step(monkeypatch, step):
 
 @pytest.fixture(scope="module")
 def seen(all_faces, tmp_path_factory):
-    """{number of processes: (folder, what each rank saw)} of the same training by one process and by two."""
+    """{processes: (folder, what each rank saw)} of the same training by one and by two."""
     found = {}
     for number in (1, 2):
         folder = tmp_path_factory.mktemp(f"by-{number}")
-        with Torchrun(folder, *flags(DATA_DIR=all_faces), script=__file__, processes=number) as torchrun:
-            assert torchrun.wait() == 0, torchrun.err.read_text()
-        found[number] = folder, [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(number)]
+        arguments = flags(DATA_DIR=all_faces)
+        with Torchrun(folder, *arguments, script=__file__, processes=number) as torchrun:
+            assert torchrun.wait() == 0, torchrun.said()
+        files = [folder / f"rank-{rank}.pt" for rank in range(number)]
+        found[number] = folder, [torch.load(file, weights_only=True) for file in files]
     return found
+
+
+# -------------------------------------------------------------------------------------- one machine
 
 
 def test_two_processes_write_what_one_writes_and_once(seen):
     (one, _), (two, _) = seen[1], seen[2]
-    assert keys(one) == keys(two) == KEYS
+    assert keys(one) == keys(two) == keys_of(2)
     assert [row["images"] for row in rows(one)] == [row["images"] for row in rows(two)]
-    files = [{str(path.relative_to(folder)) for path in folder.rglob("output/**/*")} for folder in (one, two)]
+    files = [
+        {str(path.relative_to(folder)) for path in folder.rglob("output/**/*")}
+        for folder in (one, two)
+    ]
     assert files[0] == files[1] and not any(".part" in name for name in files[0])
     printed = (two / "out.txt").read_text()
     assert "2 processes" in printed
@@ -158,14 +194,25 @@ def test_two_processes_write_what_one_writes_and_once(seen):
 def test_two_processes_end_with_the_same_weights(seen):
     one, two = (rank["weights"] for rank in seen[2][1])
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    saved = checkpoint(seen[2][0])["generator"]
-    assert torch.equal(saved["layers.0.weight"], one[0]), "the checkpoint has other weights"
+    saved = checkpoint(seen[2][0])
+    weights = [
+        saved[name][key]
+        for name, network in (
+            ("generator", dcgan.Generator(32, 8, 4)),
+            ("discriminator", dcgan.Discriminator(32, 4)),
+            ("average", dcgan.Generator(32, 8, 4)),
+        )
+        for key, _ in network.named_parameters()
+    ]
+    same = [torch.equal(a, b) for a, b in zip(weights, one, strict=True)]
+    assert all(same), "the checkpoint has other weights"
 
 
 def test_two_processes_share_the_batches_of_one_and_no_image_comes_twice_an_epoch(seen):
     (alone,), (one, two) = seen[1][1], seen[2][1]
     shared = [torch.cat(faces) for faces in zip(one["faces"], two["faces"], strict=True)]
-    assert len(shared) == 10 and all(torch.equal(a, b) for a, b in zip(shared, alone["faces"], strict=True))
+    assert len(shared) == 10
+    assert all(torch.equal(a, b) for a, b in zip(shared, alone["faces"], strict=True))
     for epoch in (shared[:5], shared[5:]):
         assert len(torch.cat(epoch).unique(dim=0)) == 40
 
@@ -173,7 +220,8 @@ def test_two_processes_share_the_batches_of_one_and_no_image_comes_twice_an_epoc
 def test_the_gradients_of_two_processes_are_those_of_one_on_the_whole_batch(seen):
     for of_rank in seen[2][1]:
         for ours, reference in zip(of_rank["gradients"], seen[1][1][0]["gradients"], strict=True):
-            largest = reference.abs().max().item()  # some are sums of terms that all but cancel each other
+            # Some are sums of terms that all but cancel each other.
+            largest = reference.abs().max().item()
             assert largest > 0
             torch.testing.assert_close(ours, reference, rtol=0, atol=0.01 * largest)
 
@@ -183,7 +231,9 @@ def test_torchrun_with_one_process_takes_the_plain_path(seen):
     assert "processes" not in (seen[1][0] / "out.txt").read_text()
 
 
-def test_checkpoints_go_from_one_process_to_two_and_back_within_an_epoch(tiny, workplace, monkeypatch, capsys):
+def test_checkpoints_go_from_one_process_to_two_and_back_within_an_epoch(
+    tiny, workplace, monkeypatch, capsys
+):
     stop_in_step(monkeypatch, 3)
     at = 0, 3
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -192,15 +242,16 @@ def test_checkpoints_go_from_one_process_to_two_and_back_within_an_epoch(tiny, w
             torchrun.process.send_signal(signum)
             assert torchrun.wait() != 0
             printed = torchrun.out.read_text()
-        assert f"going on from output/checkpoint.pt: epoch {at[0] + 1}, step {at[1] + 1}\n" in printed
+        assert going_on(*at) in printed
         assert printed.count("saved ") == 1
         state = checkpoint(workplace)
         at = state["epoch"], state["step"]
-        assert 0 < at[1] < 5, "not the middle of an epoch"  # which step it is, is up to the scheduler
+        # Which step it is, is up to the scheduler.
+        assert 0 < at[1] < 5, "not the middle of an epoch"
     capsys.readouterr()
     assert dcgan.main(["--epochs", str(at[0] + 1)]) == 0
-    assert f"going on from output/checkpoint.pt: epoch {at[0] + 1}, step {at[1] + 1}\n" in capsys.readouterr().out
-    assert keys(workplace) == [(epoch, step) for epoch in range(1, at[0] + 2) for step in (2, 4, 5)]
+    assert going_on(*at) in capsys.readouterr().out
+    assert keys(workplace) == keys_of(at[0] + 1)
     assert checkpoint(workplace)["images"] == (at[0] + 1) * 40
 
 
@@ -218,50 +269,64 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_by_restart(workpla
         torchrun.until(f"/{epochs}: ")
         torchrun.workers()[0].kill()
         torchrun.until("going on from", 2)
-        assert torchrun.wait() == 0, torchrun.err.read_text()
-    assert keys(workplace) == [(epoch, step) for epoch in range(1, epochs + 1) for step in (2, 4, 5)]
+        assert torchrun.wait() == 0, torchrun.said()
+    assert keys(workplace) == keys_of(epochs)
+
+
+# ------------------------------------------------------------------------------------- two machines
 
 
 @contextlib.contextmanager
 def machines(workplace, *arguments, second=()):
-    """Two torchruns that work together, as on two machines: the second has copies of the images, elsewhere."""
+    """Two torchruns that work together, as on two machines, the second one in `other`.
+
+    That one has copies of the images, and the flags `second` besides.
+    """
     other = workplace / "other"
     other.mkdir()
     shutil.copytree(workplace / "faces", other / "faces", copy_function=shutil.copyfile)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
-    with (
-        Torchrun(workplace, *arguments, processes=1, options=(*options, "--node-rank=0")) as one,
-        Torchrun(other, *arguments, *second, processes=1, options=(*options, "--node-rank=1")) as two,
-    ):
+    common = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
+
+    def machine(rank, folder, *more):
+        options = (*common, f"--node-rank={rank}")
+        return Torchrun(folder, *arguments, *more, processes=1, options=options)
+
+    with machine(0, workplace) as one, machine(1, other, *second) as two:
         yield one, two
 
 
 def test_two_machines_resume_a_checkpoint_that_only_the_first_one_has(tiny, workplace, monkeypatch):
     stop_in_step(monkeypatch, 3)
     with machines(workplace, *flags(DATA_DIR="faces")) as (one, two):
-        assert (one.wait(90), two.wait(20)) == (0, 0), two.err.read_text()
-        assert "going on from output/checkpoint.pt: epoch 1, step 4\n" in one.out.read_text()
+        assert (one.wait(90), two.wait(20)) == (0, 0), two.said()
+        assert going_on(0, 3) in one.out.read_text()
         assert not two.out.read_text()
-    assert keys(workplace) == KEYS
-    assert list((workplace / "other").glob("data/cache/*.bin")) and not (workplace / "other/output").exists()
+    assert keys(workplace) == keys_of(2)
+    assert list((workplace / "other").glob("data/cache/*.npy"))
+    assert not (workplace / "other/output").exists()
 
 
 def test_two_machines_with_different_images_end_with_a_line_that_says_so(workplace):
-    with machines(workplace, *flags(DATA_DIR="faces"), second=("--max-images", 24)) as (one, two):
-        assert one.wait(60) != 0 and two.wait(60) != 0
-        assert "40" in one.err.read_text() and "24" in one.err.read_text()
+    line = "dcgan.py: error: the machines have different images: 40, 24; copy DATA_DIR to all\n"
+    with machines(workplace, *flags(DATA_DIR="faces"), second=("--max-images", 24)) as both:
+        for torchrun in both:
+            assert torchrun.wait(60) != 0
+            assert torchrun.err.read_text().count(line) == 1, torchrun.said()
+    assert not list(workplace.rglob("*.pt"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_batch_size_that_the_processes_cannot_share_ends_with_one_line(tiny, monkeypatch, capsys, rank):
+def test_a_batch_size_that_the_processes_cannot_share_ends_with_one_line(
+    tiny, monkeypatch, capsys, rank
+):
     monkeypatch.setattr(dcgan, "WORLD_SIZE", 2)
     monkeypatch.setattr(dcgan, "RANK", rank)
     assert dcgan.main(["--batch-size", "9"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "BATCH_SIZE" in line and "9" in line and "2 processes" in line
+    line = "dcgan.py: error: BATCH_SIZE is 9; it must be a multiple of the 2 processes\n"
+    assert capsys.readouterr().err == line
     assert not Path("output").exists()
 
 

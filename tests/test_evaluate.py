@@ -1,11 +1,16 @@
-"""FID and KID with the real torch-fidelity, whose Inception has random weights here: no download, the same way."""
+"""FID, KID, precision and recall by the real torch-fidelity.
+
+Its Inception has random weights here, from a file: nothing is downloaded.
+"""
 
 import csv
 import os
 import pickle
 import random
+import re
 import sys
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -14,12 +19,14 @@ from conftest import dcgan
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 from torch_fidelity.defaults import DEFAULTS
 
-COLUMNS = ["epoch", "generated", "real", "size", "crop", "network", "fid", "kid"]
+METRICS = ["FID", "KID", "precision", "recall"]
+COLUMNS = ["epoch", "generated", "real", "size", "crop", "network", *METRICS]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A file of Inception's weights, random ones of a size that lets the images through all the layers."""
+    """A file of Inception's weights: random ones, of a size that lets images through all layers."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     extractor = inception_module.FeatureExtractorInceptionV3
     with pytest.MonkeyPatch.context() as patched:
@@ -37,144 +44,263 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def trained(tiny, workplace, monkeypatch):
     """`dcgan` where output/generator.pt is."""
-    about = {name: getattr(dcgan, name) for name in dcgan.NETWORK_SETTINGS}
     network = dcgan.Generator(dcgan.IMAGE_SIZE, dcgan.LATENT_SIZE, dcgan.G_FEATURES)
+    state = {
+        "epoch": 7,
+        "images": 1,
+        "average": dcgan.settle_statistics(network).state_dict(),
+        "settings": {name: getattr(dcgan, name) for name in dcgan.NETWORK_SETTINGS},
+    }
     Path("output").mkdir()
-    torch.save({"epoch": 7, "images": 1, "ema": network.state_dict(), "settings": about}, "output/generator.pt")
+    torch.save(state, "output/generator.pt")
     monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))
     return dcgan
 
 
 @pytest.fixture
-def computed(monkeypatch):
-    """The numbers of images whose features have been computed."""
-    numbers, honest = [], dcgan.features
-
-    def features(inception, batches, number, device):
-        numbers.append(number)
-        return honest(inception, batches, number, device)
-
-    monkeypatch.setattr(dcgan, "features", features)
-    return numbers
+def few(monkeypatch):
+    """Lets few images do, and takes FID of a layer of 192 features: of 2,048 it takes seconds."""
+    monkeypatch.setattr(dcgan, "LEAST_IMAGES", 16)
+    monkeypatch.setitem(DEFAULTS, "kid_subset_size", 12)
+    monkeypatch.setitem(DEFAULTS, "feature_layer_fid", "192")
 
 
 @pytest.fixture
-def few(monkeypatch):
-    """Lets few images do."""
-    check = dcgan.Setting.check
-    patched = lambda setting, name, value: value if name == "num_images" else check(setting, name, value)  # noqa: E731
-    monkeypatch.setattr(dcgan.Setting, "check", patched)
-    monkeypatch.setattr(dcgan, "LEAST_IMAGES", 16, raising=False)
-    monkeypatch.setitem(DEFAULTS, "kid_subset_size", 12)
+def handed_out(monkeypatch):
+    """{number of images of a set: {index: image}} of what torch-fidelity has asked for."""
+    asked, honest = defaultdict(dict), dcgan.ImageTensors.__getitem__
+
+    def getitem(images, index):
+        asked[len(images)][index] = honest(images, index)
+        return asked[len(images)][index]
+
+    monkeypatch.setattr(dcgan.ImageTensors, "__getitem__", getitem)
+    return asked
 
 
-def refused(capsys, *arguments):
-    """The one line of an evaluation that is a wrong call."""
-    assert dcgan.main(["evaluate", *map(str, arguments)]) == 2
+def command(weights, *arguments):
+    """An evaluation of few images."""
+    words = ["evaluate", "--num-images", 20, "--data-dir", "faces", "--max-images", 16]
+    return list(map(str, [*words, "--inception-weights", weights, *arguments]))
+
+
+def rows():
+    with open("output/evaluation.csv", newline="") as file:
+        return list(csv.reader(file))
+
+
+def refused(capsys, *arguments, status=2):
+    """The one line of an evaluation that fails."""
+    arguments = ["evaluate", "--data-dir", "faces", *map(str, arguments)]
+    assert dcgan.main(arguments) == status
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("dcgan.py: error: ") and len(line) < 500
     return line
 
 
+# ---------------------------------------------------------------------------------------- distances
+
+
 def faces(first, number=30):
-    drawn = [dcgan.draw_face(random.Random(index)).resize((32, 32)) for index in range(first, first + number)]
-    return torch.stack([dcgan.pil_to_tensor(face) for face in drawn])
+    """Drawn faces (number, 3, 32, 32) in [0, 1]."""
+    drawn = (dcgan.draw_face(random.Random(index)) for index in range(first, first + number))
+    return torch.stack([dcgan.pil_to_tensor(face.resize((32, 32))) / 255 for face in drawn])
 
 
-def test_a_set_has_no_distance_from_itself_and_noise_is_farther_from_faces_than_other_faces(weights, few):
-    inception = dcgan.load_inception(str(weights), torch.device("cpu"))
-    sets = faces(0), faces(1000), torch.randint(256, (30, 3, 32, 32)).byte()
-    one, other, noise = (dcgan.features(inception, s.split(20), 30, torch.device("cpu")) for s in sets)
-    assert one.shape == (30, 2048) and one.dtype == torch.float32 and one.device.type == "cpu"
-    itself, near, far = (dcgan.distances(one[:, :20], features[:, :20])["fid"] for features in (one, other, noise))
-    assert abs(itself) < 1e-3 * near and 5 * near < far
-    itself, near, far = (dcgan.distances(one, features)["kid"] for features in (one, other, noise))
-    assert abs(itself) < 0.01 * far and abs(near) < 0.1 * far
+def distances(weights, fakes, reals, name):
+    def tensors(images):
+        return dcgan.ImageTensors(iter(images), len(images), dcgan.progress_bar())
+
+    return dcgan.distances(tensors(fakes), tensors(reals), name, str(weights), CPU)
 
 
-def test_evaluations_are_appended_and_features_of_the_real_images_kept(trained, weights, few, computed, capsys):
-    command = ["evaluate", "--num-images", "24", "--data-dir", "faces", "--inception-weights", str(weights)]
-    command += ["--max-images", "16"]
-    assert dcgan.main(command) == 0
+def test_distances_say_what_is_near_what_is_strange_and_what_is_alike(tiny, weights, few):
+    torch.manual_seed(0)
+    reals = faces(0)
+    noise = torch.rand(reals.shape)
+    alike = reals[:6].repeat(5, 1, 1, 1)
+    alike += torch.rand(alike.shape).sub_(0.5).div_(255)
+    half_noise = torch.cat([reals[:15], noise[15:]])
+
+    itself, other, strange, repeated, half_strange = (
+        distances(weights, fakes, reals, "reals")
+        for fakes in (reals, faces(1000), noise, alike, half_noise)
+    )
+    assert list(itself) == METRICS
+    assert abs(itself["FID"]) < 1e-3 * other["FID"] and 5 * other["FID"] < strange["FID"]
+    # KID's estimate is of an expectation that is 0 for both: it may lie below.
+    assert abs(itself["KID"]) < 0.01 * strange["KID"] and abs(other["KID"]) < 0.1 * strange["KID"]
+    for name in ("precision", "recall"):
+        assert itself[name] == 1 and 0.5 < other[name] <= 1 and strange[name] == 0
+    assert repeated["precision"] > 0.9 and repeated["recall"] < 0.5
+    assert half_strange["precision"] == pytest.approx(0.5)
+
+
+# -------------------------------------------------------------------------------------- evaluations
+
+
+def test_evaluations_are_printed_appended_and_returned(trained, weights, few, capsys):
+    assert dcgan.main(command(weights)) == 0
     printed = capsys.readouterr().out
-    assert "under 10,000" in printed and "24 generated" in printed and "16 real" in printed
-    assert sorted(computed) == [16, 24]
-    assert dcgan.main([*command, "--seed", "1"]) == 0
-    assert sorted(computed) == [16, 24, 24], "the real images' features were not kept"
-    with open("output/evaluation.csv", newline="") as file:
-        header, one, two = csv.reader(file)
-    assert header == COLUMNS and one[:4] == ["7", "24", "16", "32"]
-    assert "square" in one[4] and "inception" in one[5]
-    assert one[:6] == two[:6] and one[6] != two[6] and one[7] != two[7]
-    assert f"FID {float(one[6]):.2f}" in printed and float(one[6]) > 0
+    assert "under 10,000" in printed and "20 generated" in printed and "16 real" in printed
+    dcgan.DATA_DIR, dcgan.MAX_IMAGES = "faces", 16
+    returned = dcgan.evaluate(20, inception_weights=str(weights), seed=0)
+    assert dcgan.main(command(weights, "--seed", 1)) == 0
+    header, default, zero, one = rows()
+    assert header == COLUMNS
+    assert default[:5] == ["7", "20", "16", "32", "centre square"]
+    assert "inception" in default[5]
+    assert zero == default, "the seed is not 0 unless another is given"
+    assert one[:6] == default[:6] and one[6:8] != default[6:8]
+
+    found = dict(zip(METRICS, map(float, default[6:])))
+    assert found["FID"] > 0
+    assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
+    assert list(returned) == METRICS and returned == pytest.approx(found, rel=1e-5)
+    said = {name: float(re.search(rf"{name} ([-+.\de]+)", printed)[1]) for name in METRICS}
+    assert said == pytest.approx(found, rel=1e-3)
 
 
-def test_damaged_features_of_the_real_images_are_computed_again(trained, weights, few, computed, monkeypatch):
-    command = ["evaluate", "--num-images", "24", "--data-dir", "faces", "--inception-weights", str(weights)]
-    command += ["--max-images", "16"]
-    monkeypatch.setattr(dcgan.Faces, "batches", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
-    for damaged in (False, True):
-        assert dcgan.main(command) == 130
-        (cached,) = Path("data/cache").glob("inception-*.pt")
-        data = cached.read_bytes()
-        assert damaged or computed.count(16) == 1
-        half = len(data) // 2
-        cached.write_bytes(data[:half] + bytes([data[half] ^ 255]) + data[half + 1 :])
-    assert computed.count(16) == 2
+def test_features_of_the_real_images_are_kept_until_those_change(trained, weights, few, handed_out):
+    assert dcgan.main(command(weights)) == 0
+    assert {number: sorted(images) for number, images in handed_out.items()} == {
+        20: list(range(20)),
+        16: list(range(16)),
+    }
+    reals = torch.stack([image for _, image in sorted(handed_out[16].items())])
+    wanted = [dcgan.read_face(f"faces/{index:06d}.jpg", 32) for index in range(16)]
+    assert torch.equal(reals, torch.stack(wanted))
 
+    handed_out.clear()
+    assert dcgan.main(command(weights, "--seed", 1)) == 0
+    assert list(handed_out) == [20], "the real images' features were not kept"
 
-@pytest.mark.parametrize("number", [0, 2047, "many"])
-def test_too_few_images_are_no_fid(trained, capsys, number):
-    line = refused(capsys, "--num-images", number)
-    assert str(number) in line and (number == "many" or "2,048" in line)
-
-
-def test_too_few_real_images_are_refused_before_hours_of_work(trained, weights, monkeypatch, capsys):
-    monkeypatch.setattr(dcgan, "features", lambda *arguments: pytest.fail("Inception was set to work"))
-    line = refused(capsys, "--num-images", 2048, "--data-dir", "faces", "--inception-weights", weights)
-    assert "40" in line and "2,048" in line
+    handed_out.clear()
+    assert dcgan.main(command(weights, "--max-images", 17)) == 0
+    assert sorted(handed_out) == [17, 20], "other real images' features were taken"
 
 
 class Bomb:
+    """Makes a folder if it is unpickled."""
+
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda bomb, path: Path(path).write_bytes(pickle.dumps(bomb))])
-def test_a_pickle_that_runs_code_is_refused_and_never_runs(trained, capsys, save):
+def test_damaged_features_of_the_real_images_are_computed_again_and_never_run(
+    trained, weights, few, handed_out
+):
+    assert dcgan.main(command(weights)) == 0
+    flipped, cut, bomb = sorted(Path("data/cache/inception").iterdir())
+    good = flipped.read_bytes()
+    half = len(good) // 2
+    flipped.write_bytes(good[:half] + bytes([good[half] ^ 255]) + good[half + 1 :])
+    cut.write_bytes(cut.read_bytes()[:5000])
+    torch.save({"mu": Bomb()}, bomb)
+    handed_out.clear()
+    assert dcgan.main(command(weights)) == 0
+    assert sorted(handed_out) == [16, 20]
+    _, before, after = rows()
+    assert after == before
+    assert not Path("exploded").exists()
+
+
+def test_a_place_for_features_that_cannot_be_written_is_named_before_hours_of_work(
+    trained, weights, few, handed_out, capsys
+):
+    Path("data/cache").mkdir(parents=True)
+    Path("data/cache/inception").touch()
+    assert dcgan.main(command(weights)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dcgan.py: error: ") and "data/cache/inception" in line
+    assert not handed_out
+
+
+def test_new_columns_are_named_below_the_rows_of_old_ones(trained):
+    Path("output/evaluation.csv").write_bytes(b"epoch,fid\n1,99\n")
+    for epoch in (7, 8):
+        dcgan.append_evaluation({"epoch": epoch, "FID": 1.5})
+    assert rows() == [["epoch", "fid"], ["1", "99"], ["epoch", "FID"], ["7", "1.5"], ["8", "1.5"]]
+
+
+# ---------------------------------------------------------------------- what is refused, and before
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Nothing may be measured."""
+    monkeypatch.setattr(dcgan, "distances", lambda *_: pytest.fail("Inception was set to work"))
+
+
+@pytest.mark.parametrize(
+    "number, says", [(0, "from 1 "), (2047, "2,048 or more"), ("many", "whole number")]
+)
+def test_too_few_images_are_no_fid(trained, no_work, capsys, number, says):
+    line = refused(capsys, "--num-images", number)
+    assert "num_images (--num-images)" in line and str(number) in line and says in line
+
+
+def test_too_few_real_images_are_refused_before_hours_of_work(trained, no_work, weights, capsys):
+    line = refused(capsys, "--num-images", 2048, "--inception-weights", weights)
+    assert "holds 40 images" in line and "2,048 or more" in line
+
+
+def save_pickle(value, path):
+    Path(path).write_bytes(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("save", [torch.save, save_pickle])
+def test_a_pickle_that_runs_code_is_refused_and_never_runs(trained, no_work, capsys, save):
     save({"fc.weight": Bomb()}, "bomb.pth")
-    line = refused(capsys, "--num-images", 2048, "--data-dir", "faces", "--inception-weights", "bomb.pth")
+    line = refused(capsys, "--inception-weights", "bomb.pth")
     assert "bomb.pth" in line and not Path("exploded").exists()
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "empty", "text", "other weights", "checkpoint", "truncated"])
-def test_a_file_that_holds_no_inception_weights_is_refused(trained, weights, capsys, kind):
+@pytest.mark.parametrize(
+    "kind", ["missing", "folder", "empty", "text", "other weights", "checkpoint", "truncated"]
+)
+def test_a_file_that_holds_no_inception_weights_is_refused(trained, no_work, weights, capsys, kind):
     path = Path("wrong.pth")
     if kind == "folder":
         path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "text":
+        path.write_text("hello")
     elif kind == "other weights":
         torch.save(torch.nn.Linear(2, 2).state_dict(), path)
     elif kind == "checkpoint":
         path = Path("output/generator.pt")
-    elif kind != "missing":
-        path.write_bytes({"empty": b"", "text": b"hello", "truncated": weights.read_bytes()[: 10**6]}[kind])
-    assert str(path) in refused(capsys, "--num-images", 2048, "--data-dir", "faces", "--inception-weights", path)
+    elif kind == "truncated":
+        path.write_bytes(weights.read_bytes()[: 10**6])
+    assert str(path) in refused(capsys, "--inception-weights", path)
 
 
-def test_without_network_the_line_names_the_address_and_the_flag(trained, monkeypatch, capsys):
+def test_without_network_the_line_names_the_address_and_the_flag(
+    trained, no_work, monkeypatch, capsys
+):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.setattr(urllib.request, "_opener", None)
-    assert dcgan.main(["evaluate", "--num-images", "2048", "--data-dir", "faces"]) == 1
-    *_, line = capsys.readouterr().err.splitlines()
+    assert dcgan.main(["evaluate", "--data-dir", "faces"]) == 1
+    *_, line = capsys.readouterr().err.splitlines()  # PyTorch says before that it downloads
     assert line.startswith("dcgan.py: error: ")
     page, name = inception_module.URL_INCEPTION_V3.split("/download/")
     assert page in line and Path(name).name in line and "--inception-weights" in line
 
 
-def test_without_torch_fidelity_the_line_says_what_to_install(trained, monkeypatch, capsys):
-    for name in ("torch_fidelity", *(name for name in sys.modules if name.startswith("torch_fidelity."))):
+def test_without_torch_fidelity_the_line_says_what_to_install(
+    trained, no_work, monkeypatch, capsys
+):
+    parts = [name for name in sys.modules if name.startswith("torch_fidelity.")]
+    for name in ("torch_fidelity", *parts):
         monkeypatch.setitem(sys.modules, name, None)
-    assert dcgan.main(["evaluate", "--num-images", "2048", "--data-dir", "faces"]) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install torch-fidelity" in line
+    assert "pip install torch-fidelity" in refused(capsys, status=1)
+
+
+def test_the_help_says_that_the_seed_is_0_unless_another_is_given(capsys):
+    with pytest.raises(SystemExit):
+        dcgan.main(["evaluate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    [about] = re.findall(r"--seed SEED (.*?) --", shown)
+    assert "[0]" in about

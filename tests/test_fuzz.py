@@ -6,7 +6,9 @@ from conftest import dcgan
 from fuzz import Fuzz
 
 
-@pytest.mark.parametrize("kind, number", [("checkpoints", 60), ("images", 60), ("caches", 20), ("settings", 60)])
+@pytest.mark.parametrize(
+    "kind, number", [("checkpoints", 60), ("images", 60), ("caches", 20), ("settings", 60)]
+)
 def test_broken_things_end_in_success_or_one_line(tmp_path, monkeypatch, kind, number):
     monkeypatch.chdir(tmp_path)
     for name, value in vars(dcgan).items():  # what the fuzzer changes is put back

@@ -19,7 +19,9 @@ def shapes(network, *inputs):
     seen = []
     for module in network.modules():
         if isinstance(module, CONVOLUTIONS):
-            module.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape[1:])))
+            module.register_forward_hook(
+                lambda module, inputs, output: seen.append(tuple(output.shape[1:]))
+            )
     return network(*inputs), seen
 
 
@@ -46,7 +48,7 @@ def trainer(dcgan, dtype=torch.float32, **constants):
     return dcgan.Trainer(CPU, dtype)
 
 
-# ------------------------------------------------------------------------------------------------- architecture
+# ------------------------------------------------------------------------------------- architecture
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -57,7 +59,9 @@ def test_layers_double_from_4_x_4_to_the_image_and_back(tiny, size):
     inner = up[:-1]
     assert [side for _, side, _ in up] == [2**level for level in range(2, size.bit_length())]
     assert inner[-1][0] == 4 and max(width for width, *_ in inner) == min(32, size // 2)
-    assert all(before in (after, 2 * after) for (before, *_), (after, *_) in itertools.pairwise(inner))
+    assert all(
+        before in (after, 2 * after) for (before, *_), (after, *_) in itertools.pairwise(inner)
+    )
     assert down == [*inner[::-1], (1, 1, 1)]
 
 
@@ -71,7 +75,10 @@ def test_the_defaults_are_the_papers_networks():
     assert up == [(512, 4, 4), (256, 8, 8), (128, 16, 16), (64, 32, 32), (3, 64, 64)]
     assert down == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (1, 1, 1)]
     count = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
-    assert count == [3_576_704 + 3, 2_765_568 + 64 + 1]  # the well-known counts, and biases where no BatchNorm follows
+    assert count == [
+        3_576_704 + 3,
+        2_765_568 + 64 + 1,
+    ]  # the well-known counts, and biases where no BatchNorm follows
 
 
 @pytest.mark.parametrize("size", [32, 256])
@@ -87,24 +94,33 @@ def test_details_are_the_papers(tiny, size):
                 assert not inner or (layer.stride, layer.padding) == ((2, 2), (1, 1))
             if isinstance(layer, nn.LeakyReLU):
                 assert layer.negative_slope == 0.2
-        first, last = (next(c for c in order if isinstance(c, CONVOLUTIONS)) for order in (layers, layers[::-1]))
+        first, last = (
+            next(c for c in order if isinstance(c, CONVOLUTIONS))
+            for order in (layers, layers[::-1])
+        )
         assert (last if network is generator else first).bias is not None and last.bias is not None
     kinds = [{type(layer) for layer in network.modules()} for network in (generator, discriminator)]
     assert {nn.ReLU, nn.Tanh} <= kinds[0] and nn.LeakyReLU not in kinds[0]
-    assert nn.LeakyReLU in kinds[1] and not {nn.ReLU, nn.Sigmoid} & kinds[1]  # logits, not probabilities
+    assert (
+        nn.LeakyReLU in kinds[1] and not {nn.ReLU, nn.Sigmoid} & kinds[1]
+    )  # logits, not probabilities
 
 
 def test_first_weights_are_normal_with_deviation_0_02(tiny):
     made = trainer(tiny, IMAGE_SIZE=64, LATENT_SIZE=100, G_FEATURES=64, D_FEATURES=64)
     for network in (made.generator, made.discriminator):
-        gains = torch.cat([m.weight for m in network.modules() if isinstance(m, nn.BatchNorm2d)]).detach()
+        gains = torch.cat(
+            [m.weight for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        ).detach()
         for module in network.modules():
             if isinstance(module, CONVOLUTIONS):
                 spread = module.weight.detach() / 0.02
                 loose = 6 / math.sqrt(spread.numel())
                 assert spread.mean().item() == pytest.approx(0, abs=loose)
                 assert spread.std().item() == pytest.approx(1, abs=loose)
-                assert (spread.abs() < 1).float().mean().item() == pytest.approx(0.6827, abs=loose)  # not uniform
+                assert (spread.abs() < 1).float().mean().item() == pytest.approx(
+                    0.6827, abs=loose
+                )  # not uniform
             if getattr(module, "bias", None) is not None:
                 assert not module.bias.any()
         assert gains.mean().item() == pytest.approx(1, abs=0.004)
@@ -113,7 +129,7 @@ def test_first_weights_are_normal_with_deviation_0_02(tiny):
     assert not equal(frozen(made.generator), trainer(tiny, SEED=1).generator)
 
 
-# --------------------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 def test_the_loss_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(tiny):
@@ -127,7 +143,9 @@ def test_the_loss_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(t
 
 
 def test_a_step_descends_the_papers_losses_with_non_saturating_generator(tiny):
-    made = trainer(tiny, LEARNING_RATE=0, REAL_LABEL=0.9)  # both networks stand still: all can be computed again
+    made = trainer(
+        tiny, LEARNING_RATE=0, REAL_LABEL=0.9
+    )  # both networks stand still: all can be computed again
     generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
     faces, flips, latents = batch()
     made.step(faces, flips, latents)
@@ -135,19 +153,25 @@ def test_a_step_descends_the_papers_losses_with_non_saturating_generator(tiny):
     reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
     fakes = generator(latents)
     real, fake = discriminator(reals), discriminator(fakes.detach())
-    loss_d = F.binary_cross_entropy(real.sigmoid(), torch.full((8,), 0.9)) - (1 - fake.sigmoid()).log().mean()
+    loss_d = (
+        F.binary_cross_entropy(real.sigmoid(), torch.full((8,), 0.9))
+        - (1 - fake.sigmoid()).log().mean()
+    )
     loss_d.backward()
     of_d = [p.grad.clone() for p in discriminator.parameters()]
     loss_g = -discriminator(fakes).sigmoid().log().mean()
     loss_g.backward()
     wanted = torch.stack([loss_d, loss_g, real.sigmoid().mean(), fake.sigmoid().mean()])
     torch.testing.assert_close(made.totals, wanted.detach(), rtol=1e-4, atol=1e-5)
-    for network, gradients in ((made.discriminator, of_d), (made.generator, [p.grad for p in generator.parameters()])):
+    for network, gradients in (
+        (made.discriminator, of_d),
+        (made.generator, [p.grad for p in generator.parameters()]),
+    ):
         for parameter, gradient in zip(network.parameters(), gradients, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- step
+# --------------------------------------------------------------------------------------------- step
 
 
 @pytest.mark.parametrize("size", [32, 128])
@@ -156,7 +180,9 @@ def test_gradient_reaches_every_parameter(tiny, size):
     made.step(*batch(size))
     for network in (made.generator, made.discriminator):
         for name, parameter in network.named_parameters():
-            assert parameter.requires_grad and parameter.grad.isfinite().all() and parameter.grad.any(), name
+            assert (
+                parameter.requires_grad and parameter.grad.isfinite().all() and parameter.grad.any()
+            ), name
 
 
 @pytest.mark.parametrize("moving", ["generator", "discriminator"])
@@ -175,18 +201,27 @@ def test_the_step_of_one_network_leaves_the_other_alone(tiny, moving):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_touches_nothing_else(tiny, dtype):
     made = trainer(tiny, dtype)
-    inputs, average, state, images = batch(), frozen(made.average), torch.get_rng_state(), made.images
+    inputs, average, state, images = (
+        batch(),
+        frozen(made.average),
+        torch.get_rng_state(),
+        made.images,
+    )
     kept = [tensor.clone() for tensor in inputs]
     made.step(*inputs)
     assert all(torch.equal(*pair) for pair in zip(inputs, kept)) and equal(average, made.average)
     assert torch.equal(state, torch.get_rng_state()) and made.images == images
     assert made.generator.training and made.discriminator.training and not made.average.training
     assert all(
-        p.dtype == torch.float32 for network in (made.generator, made.discriminator) for p in network.parameters()
+        p.dtype == torch.float32
+        for network in (made.generator, made.discriminator)
+        for p in network.parameters()
     )
     assert not any(p.requires_grad for p in made.average.parameters())
     statistics = [m for m in made.discriminator.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert {m.num_batches_tracked.item() for m in statistics} == {3}  # real, fake, and fake again for the generator
+    assert {m.num_batches_tracked.item() for m in statistics} == {
+        3
+    }  # real, fake, and fake again for the generator
 
 
 def test_steps_follow_from_the_seed_and_the_batches_alone(tiny):
@@ -204,30 +239,53 @@ def test_steps_follow_from_the_seed_and_the_batches_alone(tiny):
 def test_weights_and_what_the_optimizers_keep_are_channels_last(tiny):
     made = trainer(tiny)
     made.advance(*batch())
-    for network, optimizer in zip((made.generator, made.discriminator), made.optimizers):
-        for parameter in network.parameters():
+    for network in ("generator", "discriminator"):
+        optimizer = getattr(made, f"{network}_descent").optimizer
+        for parameter in getattr(made, network).parameters():
             moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
             for tensor in (parameter, *moments) if parameter.dim() == 4 else ():
                 assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-# ------------------------------------------------------------------------------------------------------ average
+# ------------------------------------------------------------------------------------------ average
 
 
 @pytest.mark.parametrize("half_life, images", [(16, 10**6), (5000, 10**6), (5000, 312), (0, 10**6)])
-def test_the_average_covers_weights_and_statistics_with_the_documented_half_life(tiny, half_life, images):
+def test_the_average_covers_the_weights_with_the_documented_half_life(tiny, half_life, images):
     made = trainer(tiny, EMA_IMAGES=half_life)
     with torch.no_grad():
-        for tensor in made.average.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape) * 9 if tensor.is_floating_point() else torch.tensor(77))
-    made.images, wanted = images, frozen(made.average)
+        for parameter in made.average.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 9)
+    made.images = images
+    wanted = {name: tensor.clone() for name, tensor in made.average.named_parameters()}
     for number in range(4):
         made.advance(*batch(seed=number))
         documented = min(half_life, 0.05 * (images + 8 * (number + 1)))
         keep = 0.5 ** (8 / documented) if documented else 0
-        for name, tensor in made.generator.state_dict().items():
-            wanted[name] = keep * wanted[name] + (1 - keep) * tensor if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in made.generator.named_parameters():
+            wanted[name] = keep * wanted[name] + (1 - keep) * tensor
     assert made.images == images + 32
-    for name, tensor in made.average.state_dict().items():
+    for name, tensor in made.average.named_parameters():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-    assert {t.item() for n, t in made.average.state_dict().items() if "tracked" in n} == {4}
+
+
+def test_the_averages_statistics_are_those_of_its_own_activations_and_follow_from_its_weights(tiny):
+    made = trainer(tiny, G_FEATURES=16)
+    for number in range(4):
+        made.advance(*batch(seed=number))
+    settled = copy.deepcopy(tiny.settle_statistics(made.average))
+    torch.rand(7)
+    for module in made.average.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.fill_(9)
+            module.running_var.fill_(9)
+    tiny.settle_statistics(made.average)
+    assert equal(frozen(settled), made.average) and not settled.training
+    norms = [module for module in settled.modules() if isinstance(module, nn.BatchNorm2d)]
+    seen = []
+    for module in norms:
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    settled(torch.randn(2_000, TINY["LATENT_SIZE"], 1, 1))
+    for module, output in zip(norms, seen, strict=True):  # normalised: only gain and bias are left
+        spread = output.std((0, 2, 3)) / module.weight
+        torch.testing.assert_close(spread, torch.ones_like(spread), rtol=0, atol=0.15)

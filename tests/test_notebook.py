@@ -10,14 +10,21 @@ from conftest import ROOT, TINY
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+SETUP = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import dcgan
+for name, value in {TINY | {"DATA_DIR": "faces"}}.items():
+    setattr(dcgan, name, value)
+"""
+
 
 class Notebook:
     """Cells run one by one in a kernel that works in `folder`."""
 
     def __init__(self, folder, client):
         self.client = client
-        self.add(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport os; os.chdir({str(folder)!r})\nimport dcgan")
-        self.add("\n".join(f"dcgan.{name} = {value!r}" for name, value in (TINY | {"DATA_DIR": "faces"}).items()))
+        self.add(f"{SETUP}os.chdir({str(folder)!r})")
 
     def add(self, source):
         """Run `source` in a new cell; its outputs."""
@@ -42,17 +49,21 @@ def notebook(workplace):
 
 
 def text(outputs, name=None):
-    return "".join(output.text for output in outputs if output.output_type == "stream" and name in (None, output.name))
+    """What has been printed, on the stream `name` or on both."""
+    streams = [output for output in outputs if output.output_type == "stream"]
+    return "".join(output.text for output in streams if name in (None, output.name))
 
 
 def test_training_and_new_faces_show_in_a_notebook_without_noise(notebook, workplace):
     outputs = notebook.add("dcgan.EPOCHS = 2\ndcgan.train()")
     assert "finished" in text(outputs)
     assert "Warning" not in text(outputs) and "widget" not in str(outputs).lower(), text(outputs)
-    assert text(outputs, "stderr").count("\n") <= 3, "more than a line of decoding and one an epoch"
+    lines = text(outputs, "stderr").count("\n")
+    assert lines <= 3, "more than a line of decoding and one an epoch"
     assert (workplace / "output/generator.pt").exists()
 
-    outputs = notebook.add("images = dcgan.generate_images(num_images=16)\n(*images.shape, images.dtype)")
+    code = "images = dcgan.generate_images(num_images=16)\n(*images.shape, images.dtype)"
+    outputs = notebook.add(code)
     (shown,) = (output for output in outputs if output.output_type == "display_data")
     assert base64.b64decode(shown.data["image/png"]).startswith(b"\x89PNG")
     (result,) = (output for output in outputs if output.output_type == "execute_result")

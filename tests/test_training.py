@@ -1,4 +1,4 @@
-"""Training as a user sees it: what it says, which files it writes, that it learns, and how it ends when it cannot."""
+"""Training as a user sees it: what it says and writes, that it learns, and how it ends."""
 
 import csv
 import fcntl
@@ -16,9 +16,16 @@ from PIL import Image
 
 LINE = r"loss_d \d+\.\d+, loss_g \d+\.\d+, D\(x\) [01]\.\d+, D\(G\(z\)\) [01]\.\d+, [\d,]+ images/s"
 ALWAYS = {
-    ".lock", "checkpoint.pt", "generator.pt", "losses.png", "metrics.csv", "real_vs_fake.png", "training.gif",
-    "samples/epoch_000.png", "samples/epoch_001.png",
-}  # fmt: skip
+    ".lock",
+    "checkpoint.pt",
+    "generator.pt",
+    "losses.png",
+    "metrics.csv",
+    "real_vs_fake.png",
+    "training.gif",
+    "samples/epoch_000.png",
+    "samples/epoch_001.png",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -41,12 +48,14 @@ def rows_of(folder):
 
 def picture(folder, epoch):
     """The 64 faces of an epoch's grid, (64, 3, 32, 32), in [0, 1]."""
-    pixels = torch.from_numpy(np.array(Image.open(folder / f"samples/epoch_{epoch:03d}.png").convert("RGB")))
+    pixels = torch.from_numpy(
+        np.array(Image.open(folder / f"samples/epoch_{epoch:03d}.png").convert("RGB"))
+    )
     tiles = pixels[2:, 2:].unfold(0, 32, 34).unfold(1, 32, 34)
     return tiles.flatten(0, 1).float() / 255
 
 
-# ----------------------------------------------------------------------------------------------- what a user sees
+# --------------------------------------------------------------------------------- what a user sees
 
 
 def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(workplace):
@@ -62,11 +71,17 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
     assert written.keys() == ALWAYS | {"checkpoint.previous.pt", "samples/epoch_002.png"}
     assert not [name for name in files(workplace) if name.endswith((".part", ".new"))]
     rows = rows_of(workplace / "output")
-    assert list(rows[0]) == "epoch step images loss_d loss_g d_real d_fake images_per_second".split()
+    assert (
+        list(rows[0]) == "epoch step images loss_d loss_g d_real d_fake images_per_second".split()
+    )
     keys = [(int(row["epoch"]), int(row["step"]), int(row["images"])) for row in rows]
     assert keys == [(1, 3, 27), (1, 4, 36), (2, 3, 63), (2, 4, 72)]
     for row in rows:
-        assert 0 < float(row["d_real"]) < 1 and 0 < float(row["d_fake"]) < 1 and float(row["images_per_second"]) > 0
+        assert (
+            0 < float(row["d_real"]) < 1
+            and 0 < float(row["d_fake"]) < 1
+            and float(row["images_per_second"]) > 0
+        )
         assert 0 < float(row["loss_d"]) < 10 and 0 < float(row["loss_g"]) < 10
     grid = Image.open(workplace / "output/samples/epoch_002.png")
     assert grid.size == (274, 274) and grid.mode == "RGB"
@@ -78,7 +93,9 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
 def test_a_terminal_shows_a_bar_with_the_losses(workplace):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
-    with start(*flags(DATA_DIR="faces", EPOCHS=1), cwd=workplace, stdout=theirs, stderr=theirs) as process:
+    with start(
+        *flags(DATA_DIR="faces", EPOCHS=1), cwd=workplace, stdout=theirs, stderr=theirs
+    ) as process:
         os.close(theirs)
         shown = b""
         try:
@@ -96,19 +113,28 @@ def test_a_terminal_shows_a_bar_with_the_losses(workplace):
 
 def test_a_finished_run_changes_nothing_and_goes_on_when_epochs_rises(tiny, workplace, capsys):
     assert tiny.main([]) == 0
-    before = {name: (path.stat().st_mtime_ns, path.read_bytes()) for name, path in files(workplace / "output").items()}
+    before = {
+        name: (path.stat().st_mtime_ns, path.read_bytes())
+        for name, path in files(workplace / "output").items()
+    }
     capsys.readouterr()
     assert tiny.main([]) == 0
     said = capsys.readouterr()
     assert "finished" in said.out and "EPOCHS" in said.out and said.err == ""
-    after = {name: (path.stat().st_mtime_ns, path.read_bytes()) for name, path in files(workplace / "output").items()}
+    after = {
+        name: (path.stat().st_mtime_ns, path.read_bytes())
+        for name, path in files(workplace / "output").items()
+    }
     assert after == before
 
     assert tiny.main(["--epochs", "3"]) == 0
     said = capsys.readouterr().out
     assert "EPOCHS 2 -> 3" in said and "epoch 3, step 1" in said and "epoch 3/3" in said
     assert (workplace / "output/samples/epoch_003.png").exists()
-    assert [(row["epoch"], row["step"]) for row in rows_of(workplace / "output")][-2:] == [("3", "4"), ("3", "5")]
+    assert [(row["epoch"], row["step"]) for row in rows_of(workplace / "output")][-2:] == [
+        ("3", "4"),
+        ("3", "5"),
+    ]
     for epoch in (1, 2):
         name = f"samples/epoch_{epoch:03d}.png"
         assert (workplace / "output" / name).read_bytes() == before[name][1]
@@ -126,7 +152,7 @@ def test_half_precision_trains_and_draws_on_the_cpu(tiny, workplace, capsys, pre
     assert "epoch 3, step 1" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------- learning, diverging
+# ------------------------------------------------------------------------------ learning, diverging
 
 
 def test_training_brings_the_fakes_nearer_to_the_reals(tiny, workplace):
@@ -136,11 +162,18 @@ def test_training_brings_the_fakes_nearer_to_the_reals(tiny, workplace):
             (workplace / "people" / name / path.name).symlink_to(path.resolve())
     larger = {"G_FEATURES": 16, "D_FEATURES": 16, "LATENT_SIZE": 32, "LOG_EVERY": 10}
     assert tiny.main(flags(DATA_DIR="people", EPOCHS=10, **larger)) == 0  # 250 steps
-    faces = torch.stack([dcgan.read_face(path, 32) for path in sorted((workplace / "faces").iterdir())]).float() / 255
+    faces = (
+        torch.stack(
+            [dcgan.read_face(path, 32) for path in sorted((workplace / "faces").iterdir())]
+        ).float()
+        / 255
+    )
     worse, better = (picture(workplace / "output", epoch) for epoch in (0, 10))
 
     def distance(statistic):
-        return [(statistic(fakes) - statistic(faces)).abs().mean().item() for fakes in (worse, better)]
+        return [
+            (statistic(fakes) - statistic(faces)).abs().mean().item() for fakes in (worse, better)
+        ]
 
     mean, spread = distance(lambda images: images.mean(0)), distance(lambda images: images.std(0))
     print(mean, spread)
@@ -155,7 +188,10 @@ def test_a_diverging_run_stops_says_why_and_keeps_the_last_good_checkpoint(tiny,
     capsys.readouterr()
     assert tiny.main(flags(**changed, LEARNING_RATE=1, PRECISION="float16")) == 1
     error = capsys.readouterr().err
-    assert error.startswith("dcgan.py: error: a loss is not finite in epoch 2, steps ") and error.count("\n") == 1
+    assert (
+        error.startswith("dcgan.py: error: a loss is not finite in epoch 2, steps ")
+        and error.count("\n") == 1
+    )
     assert "LEARNING_RATE" in error and "float32" in error and "run again" in error
     assert {path: path.read_bytes() for path in (workplace / "output").glob("*.pt")} == before
     assert "nan" not in (workplace / "output/metrics.csv").read_text()
@@ -164,7 +200,7 @@ def test_a_diverging_run_stops_says_why_and_keeps_the_last_good_checkpoint(tiny,
 
 
 def test_a_loss_that_is_not_finite_gets_into_no_checkpoint(tiny, workplace, capsys):
-    """In float16 a loss can overflow and its step be skipped: the weights stay good, the interval's sums do not."""
+    """In float16 a loss can overflow and its step be skipped: only the interval's sums are bad."""
     assert tiny.main(["--epochs", "1"]) == 0
     path = workplace / "output/checkpoint.pt"
     state = torch.load(path, weights_only=True)
@@ -180,11 +216,17 @@ def test_a_loss_that_is_not_finite_gets_into_no_checkpoint(tiny, workplace, caps
 @pytest.mark.parametrize(
     ("settings", "seen", "cure"),
     [
-        ({"BETA1": 0.9, "D_FEATURES": 32, "D_LEARNING_RATE": 2e-3}, "the discriminator has won", "BETA1"),
+        (
+            {"BETA1": 0.9, "D_FEATURES": 32, "D_LEARNING_RATE": 2e-3},
+            "the discriminator has won",
+            "BETA1",
+        ),
         ({"D_LEARNING_RATE": 0.0}, "the samples look alike", "LEARNING_RATE"),
     ],
 )
-def test_a_game_that_goes_wrong_is_said_in_one_line(tiny, monkeypatch, capsys, tmp_path, settings, seen, cure):
+def test_a_game_that_goes_wrong_is_said_in_one_line(
+    tiny, monkeypatch, capsys, tmp_path, settings, seen, cure
+):
     draw_faces(tmp_path / "more", 400)
     for name, value in ({"DATA_DIR": "more", "BATCH_SIZE": 32, "EPOCHS": 32} | settings).items():
         monkeypatch.setattr(tiny, name, value)
