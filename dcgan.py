@@ -27,6 +27,7 @@ import importlib.util
 import inspect
 import io
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -43,7 +44,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import NamedTuple
 
 import numpy as np
@@ -119,10 +120,10 @@ class Generator(nn.Module):
         widths = layer_widths(features, image_size)[::-1]
         layers = [nn.ConvTranspose2d(latent_size, widths[0], 4, 1, 0, bias=False)]  # (N, 512, 4, 4)
         for inner, outer in zip(widths, widths[1:]):
-            layers += [nn.BatchNorm2d(inner), nn.ReLU()]
+            layers += [nn.BatchNorm2d(inner), nn.ReLU(inplace=True)]
             # in turn (N, 256, 8, 8), (N, 128, 16, 16), (N, 64, 32, 32)
             layers += [nn.ConvTranspose2d(inner, outer, 4, 2, 1, bias=False)]
-        layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU()]
+        layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True)]
         layers += [nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1), nn.Tanh()]  # (N, 3, 64, 64)
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
@@ -137,11 +138,14 @@ class Discriminator(nn.Module):
     def __init__(self, image_size=64, features=64):
         super().__init__()
         widths = layer_widths(features, image_size)
-        layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]  # (N, 64, 32, 32)
+        layers = [
+            nn.Conv2d(3, widths[0], 4, 2, 1),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]  # (N, 64, 32, 32)
         for outer, inner in zip(widths, widths[1:]):
             # in turn (N, 128, 16, 16), (N, 256, 8, 8), (N, 512, 4, 4)
             layers += [nn.Conv2d(outer, inner, 4, 2, 1, bias=False)]
-            layers += [nn.BatchNorm2d(inner), nn.LeakyReLU(0.2)]
+            layers += [nn.BatchNorm2d(inner), nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 1, 4, 1, 0), nn.Flatten(0)]  # (N, 1, 1, 1), (N,)
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
@@ -163,7 +167,7 @@ def init_weights(module):
 @torch.no_grad()
 def images_from(generator, latents, dtype):
     """Images (N, 3, H, W) in [0, 1] from the noise `latents` (N, z, 1, 1), on the same device."""
-    latents = latents.contiguous(memory_format=torch.channels_last)
+    latents = latents.contiguous(memory_format=memory_format(latents.device))
     with autocast(latents.device, dtype):
         images = generator(latents)
     return images.float().add(1).div(2).clamp(0, 1)
@@ -206,10 +210,11 @@ class Trainer:
         torch.manual_seed(seed_for("weights"))
         generator = Generator(IMAGE_SIZE, LATENT_SIZE, G_FEATURES)
         discriminator = Discriminator(IMAGE_SIZE, D_FEATURES)
+        layout = memory_format(device)
         # Before the optimizers see them: fused AdamW is silently wrong where weights and moments
         # differ in memory format.
-        self.generator = generator.to(device, memory_format=torch.channels_last)
-        self.discriminator = discriminator.to(device, memory_format=torch.channels_last)
+        self.generator = generator.to(device, memory_format=layout)
+        self.discriminator = discriminator.to(device, memory_format=layout)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.generator_descent = Descent(self.generator, LEARNING_RATE, dtype)
         d_rate = LEARNING_RATE if D_LEARNING_RATE is None else D_LEARNING_RATE
@@ -231,7 +236,8 @@ class Trainer:
         and a print prints no more. Tensors work as usual.
         """
         reals = torch.where(flips, faces.flip(3), faces)
-        reals = reals.to(torch.float32, memory_format=torch.channels_last).mul_(2 / 255).sub_(1)
+        layout = memory_format(self.device)
+        reals = reals.to(torch.float32, memory_format=layout).mul_(2 / 255).sub_(1)
         with autocast(self.device, self.dtype):
             fakes = self.joint_generator(latents)
 
@@ -337,19 +343,25 @@ RANK = int(os.environ.get("RANK") or 0)  # this one's number; 0 draws, logs and 
 def pick_device():
     """DEVICE, or the best there is, made ready. Raises UserError if this machine has none such."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if best.type == "mps" and WORLD_SIZE > 1:
+        best = torch.device("cpu")  # processes cannot share gradients on MPS
     device = torch.device(DEVICE or best.type)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    elif device.index is not None and WORLD_SIZE > 1:
+        raise UserError(f"DEVICE is {device}, for all {WORLD_SIZE} processes; set it to None")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"DEVICE is {device}, which cannot be used here ({one_line(error)}); try --device cpu"
+            f"DEVICE is {device}, which cannot be used here ({one_line(error)}); try --device cpu "
+            "or, if each process sees one GPU, LOCAL_RANK=0"
         ) from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # all batches have one shape
     elif device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
         keep_freed_memory()
     return device
 
@@ -360,11 +372,16 @@ def pick_dtype(device):
         return getattr(torch, PRECISION)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        return torch.bfloat16 if capability >= (8, 0) else torch.float16
-    if device.type == "cpu":
+        if capability >= (8, 0):
+            return torch.bfloat16
+        if capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device):
+            return torch.float16
+    elif device.type == "cpu":
         # Other CPUs emulate bfloat16, slowly.
         if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
             return torch.bfloat16
+    elif device.type == "xpu" and torch.xpu.is_bf16_supported():
+        return torch.bfloat16
     return torch.float32
 
 
@@ -376,6 +393,24 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 2**30)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def usable_cores(quota_file="/sys/fs/cgroup/cpu.max"):
+    """CPU cores that this process may use: in a container its quota, not all that it can see."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+        quota, period = Path(quota_file).read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return cores
+
+
+def memory_format(device):
+    """How networks and images lie in memory: the fastest way that works on this device.
+
+    On MPS, BatchNorm's backward is wrong in channels_last (PyTorch's issue 175189), and
+    convolution's is slow (193349).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def autocast(device, dtype):
@@ -415,6 +450,7 @@ class StepGraph:
         """Record the step on inputs of its own. If that fails, steps run as they are for ever."""
         self.inputs = [tensor.clone() for tensor in batch]
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
         self.prepare_optimizers(capturable=True)
         try:
             with torch.cuda.graph(graph, stream=self.stream):
@@ -422,13 +458,18 @@ class StepGraph:
             self.graph = graph
         except RuntimeError as error:
             say(f"no CUDA graph here ({one_line(error)}): steps are launched kernel by kernel")
+            torch.cuda.set_stream(stream)
             self.prepare_optimizers(capturable=False)
             self.trainer.discriminator.requires_grad_(True)
             self.eager_steps = math.inf
+            # Before PyTorch 2.13 the allocator stays in capture mode (issue 180395), which the
+            # trials of cuDNN's benchmark would not survive.
+            torch.backends.cudnn.benchmark = False
 
     def prepare_optimizers(self, capturable):
         for descent in (self.trainer.generator_descent, self.trainer.discriminator_descent):
             descent.optimizer.zero_grad(set_to_none=True)
+            descent.scaler._per_optimizer_states.clear()
             for group in descent.optimizer.param_groups:
                 group["capturable"] = capturable
 
@@ -673,8 +714,10 @@ def write_cache_header(file, images, image_size):
 
 def decoded_faces(folder, names, image_size):
     """Yield the items of a FaceFolder, in order, read by WORKERS processes."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    workers = min(cores if WORKERS is None else WORKERS, math.ceil(len(names) / 64))
+    workers = usable_cores() if WORKERS is None else WORKERS
+    if multiprocessing.get_start_method() != "fork":  # each worker imports torch anew
+        workers = min(workers, 8)
+    workers = min(workers, math.ceil(len(names) / 64))
     faces = FaceFolder(folder, names, image_size)
     # Workers send bytes through pipes: tensors would go through shared memory, 64 MB in Docker.
     loader = torch.utils.data.DataLoader(faces, 64, num_workers=workers, collate_fn=list)
@@ -1338,7 +1381,7 @@ class TrainedGenerator:
         self.device = pick_device()
         self.dtype = pick_dtype(self.device)
         generator = build_generator(self.state)
-        self.generator = generator.to(self.device, memory_format=torch.channels_last)
+        self.generator = generator.to(self.device, memory_format=memory_format(self.device))
 
     def latents(self, number, seed):
         """Yield noise (GENERATION_BATCH, z) for at least `number` images, on the CPU.
@@ -1922,11 +1965,20 @@ def replacing(path, previous=None):
                 file.flush()
                 os.fsync(file.fileno())
             if previous and path.exists():
-                os.replace(path, previous)
-            os.replace(part, path)
+                move(path, previous)
+            move(part, path)
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def move(path, to):
+    """os.replace; on Windows a virus scanner can hold a file for a moment, so try again."""
+    for _ in range(5 if sys.platform == "win32" else 0):
+        with suppress(PermissionError):
+            return os.replace(path, to)
+        sleep(0.2)
+    os.replace(path, to)
 
 
 def write_file(path, write, previous=None):
@@ -2288,7 +2340,7 @@ def main(argv=None):
         return complain(error, error.status)
     except RuntimeError as error:  # of PyTorch
         if out_of_memory(error):
-            return complain(f"out of memory ({one_line(error)}); lower BATCH_SIZE or IMAGE_SIZE")
+            return complain(f"{memory_left()} ({one_line(error)}); lower BATCH_SIZE or IMAGE_SIZE")
         if WORLD_SIZE > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
             return complain(f"process {RANK} has lost the others ({one_line(error)})")
         raise
@@ -2299,6 +2351,15 @@ def main(argv=None):
 def out_of_memory(error):
     """Whether PyTorch raised `error` because the memory of a device or a CPU is full."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def memory_left():
+    """In which memory there is no room, in words."""
+    if not torch.cuda.is_available():
+        return "out of memory"
+    free, total = torch.cuda.mem_get_info()
+    name = torch.cuda.get_device_name()
+    return f"out of memory: {readable(free)} of {readable(total)} are free on the {name}"
 
 
 def complain(text, status=1):
