@@ -85,7 +85,7 @@ BETA1 = 0.5  # AdamW's momentum; with the default 0.9 the discriminator wins
 BETA2 = 0.999  # AdamW's memory of squared gradients; PyTorch's default
 WEIGHT_DECAY = 0.01  # AdamW's; PyTorch's default
 REAL_LABEL = 1.0  # target for real images; 0.9 keeps the discriminator from being too sure
-EMA_IMAGES = 5_000  # half-life, in images, of the generator's average, which draws better faces
+AVERAGE_SHARE = 0.05  # half-life of the generator's average, as a share of the images seen
 SEED = 0  # decides the first weights, the noise and the order of the images
 
 # Reporting
@@ -210,9 +210,9 @@ class Trainer:
         torch.manual_seed(seed_for("weights"))
         generator = Generator(IMAGE_SIZE, LATENT_SIZE, G_FEATURES)
         discriminator = Discriminator(IMAGE_SIZE, D_FEATURES)
-        layout = memory_format(device)
         # Before the optimizers see them: fused AdamW is silently wrong where weights and moments
         # differ in memory format.
+        layout = memory_format(device)
         self.generator = generator.to(device, memory_format=layout)
         self.discriminator = discriminator.to(device, memory_format=layout)
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -275,9 +275,9 @@ class Trainer:
     def update_average(self):
         """Move the average's weights towards the generator's.
 
-        The half-life grows to EMA_IMAGES, so that the first grids are not ghosts of the start.
+        The half-life is a share of the images seen, so that no grid is a ghost of the start.
         """
-        half_life = min(EMA_IMAGES, 0.05 * self.images)
+        half_life = AVERAGE_SHARE * self.images
         share = 1 - 0.5 ** (BATCH_SIZE / half_life) if half_life else 1.0
         averages, weights = self.average.parameters(), self.generator.parameters()
         torch._foreach_lerp_(list(averages), list(weights), share)
@@ -321,10 +321,15 @@ class Descent:
     """
 
     def __init__(self, network, rate, dtype):
-        device = next(network.parameters()).device.type
+        device = next(network.parameters()).device
         options = {"betas": (BETA1, BETA2), "weight_decay": WEIGHT_DECAY, "fused": True}
+        rate = torch.tensor(rate, device=device)  # a tensor: a CUDA graph sees it change
         self.optimizer = torch.optim.AdamW(network.parameters(), rate, **options)
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    @property
+    def rate(self):
+        return self.optimizer.param_groups[0]["lr"]
 
     def step(self, loss):
         """One step down the gradient of `loss`."""
@@ -809,6 +814,7 @@ def checkpoint_state(run):
         "fixed_noise": run.fixed_noise,
         "images": trainer.images,
         "rows": [list(row) for row in run.rows],
+        "quality": [list(row) for row in run.quality],
         "totals": trainer.totals.tolist(),
         "optimizers": [descent.optimizer.state_dict() for descent in descents],
         "scalers": [descent.scaler.state_dict() for descent in descents],
@@ -817,10 +823,11 @@ def checkpoint_state(run):
     }
 
 
-def save_generator(state):
-    """Write generator.pt: the averaged generator of a checkpoint's state and what builds it."""
+def save_generator(state, row):
+    """Write generator.pt: the averaged generator, what builds it, and how good its faces are."""
     small = {name: state[name] for name in ("epoch", "images", "average")}
     small["settings"] = {name: state["settings"][name] for name in NETWORK_SETTINGS}
+    small["distance"] = row.distance
     write_file(Path(OUTPUT_DIR) / "generator.pt", lambda file: torch.save(small, file))
 
 
@@ -955,6 +962,9 @@ def restore_progress(run, state, same_order):
     run.fixed_noise.copy_(state["fixed_noise"])
     run.progress = Progress(*(COUNT.parse(state[name]) for name in ("epoch", "step", "interval")))
     run.rows = [Row(*map(int, row[:3]), *map(float, row[3:])) for row in state["rows"]]
+    for epoch, images, distance, floor, best in state.get("quality", []):
+        row = Quality(int(epoch), int(images), float(distance), float(floor), int(best))
+        run.quality.append(row)
     if same_order:
         run.trainer.totals.copy_(torch.tensor(state["totals"]))
     else:
@@ -978,6 +988,48 @@ def save_gif(pictures, path, duration):
     write_file(path, lambda file: pictures[0].save(file, "GIF", **options))
 
 
+DISTANCE_IMAGES = 2_048  # that a distance is measured on, and as many real ones
+
+
+@torch.no_grad()
+def face_distance(fakes, reals):
+    """How far `fakes` are from `reals`, both (N, 3, 32, 32) in [0, 1]: lower is better.
+
+    It is the Fréchet distance between what two layers of fixed random filters see in them, so it
+    needs no trained network. It keeps where things are, on a raster of 4 × 4. Each feature is
+    scaled by its spread among the reals: copies of one image are at about 1. How far reals are from
+    other reals is its floor.
+    """
+    stream = torch.Generator().manual_seed(0)
+    for channels in (3, 32):
+        filters = torch.randn(32, channels, 3, 3, generator=stream)
+        bias = 0.3 * torch.randn(32, 1, 1, generator=stream)
+        fakes = F.conv2d(fakes, filters, stride=2, padding=1)
+        reals = F.conv2d(reals, filters, stride=2, padding=1)
+        spread, mean = torch.std_mean(reals, (0, 2, 3), keepdim=True)
+        fakes = F.leaky_relu((fakes - mean) / spread + bias, 0.2)
+        reals = F.leaky_relu((reals - mean) / spread + bias, 0.2)
+    fakes = F.adaptive_avg_pool2d(fakes, 4).flatten(1).double()
+    reals = F.adaptive_avg_pool2d(reals, 4).flatten(1).double()
+    spread = reals.std(0)
+    return frechet_distance(fakes / spread, reals / spread) / len(spread)
+
+
+def shrunk(batches):
+    """Batches of images (N, 3, H, W) as one of (N, 3, 32, 32), on the CPU."""
+    return torch.cat([F.adaptive_avg_pool2d(batch, 32).cpu() for batch in batches])
+
+
+def frechet_distance(one, two):
+    """Between Gaussians with the means and covariances of two sets of features (N, D)."""
+    covariance_one, covariance_two = torch.cov(one.T), torch.cov(two.T)
+    values, vectors = torch.linalg.eigh(covariance_one)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # of covariance_one
+    cross = torch.linalg.eigvalsh(root @ covariance_two @ root).clamp_min(0).sqrt().sum()
+    shift = (one.mean(0) - two.mean(0)).square().sum()
+    return (shift + covariance_one.trace() + covariance_two.trace() - 2 * cross).item()
+
+
 @contextmanager
 def figure_file(name, width, height):
     """A matplotlib figure to draw on, which is then saved in OUTPUT_DIR. No window takes part."""
@@ -996,7 +1048,7 @@ def draw_pictures(run, reals, fakes):
 
     `reals` and `fakes`: 64 images each, (64, 3, H, W) in [0, 1].
     """
-    draw_losses(run.steps, run.rows)
+    draw_losses(run.steps, run.rows, run.quality)
     with figure_file("real_vs_fake.png", 11, 6) as figure:
         left, right = figure.subplots(1, 2)
         left.set_title("real")
@@ -1008,24 +1060,37 @@ def draw_pictures(run, reals, fakes):
     draw_film(run.progress.epoch)
 
 
-def draw_losses(steps, rows):
-    """losses.png from the rows of metrics.csv, `steps` an epoch: raw values, and running means."""
+def draw_losses(steps, rows, quality):
+    """losses.png from the rows of metrics.csv, `steps` an epoch: raw values, and running means.
+
+    Below them, the distances of quality.csv; the epoch of generator.pt is marked.
+    """
     columns = Row(*zip(*rows))
     epochs = [row.epoch - 1 + row.step / steps for row in rows]
     late = rows[len(rows) // 20 :]  # the first steps' losses would dwarf the rest
     highest = max(row.loss_d + row.loss_g for row in late)
-    with figure_file("losses.png", 9, 7) as figure:
-        upper, lower = figure.subplots(2, 1, sharex=True)
+    with figure_file("losses.png", 9, 10) as figure:
+        upper, middle, lower = figure.subplots(3, 1, sharex=True)
         draw_curve(upper, epochs, columns.loss_d, "C0", "discriminator")
         draw_curve(upper, epochs, columns.loss_g, "C1", "generator")
-        draw_curve(lower, epochs, columns.d_real, "C2", "D(x), of real images")
-        draw_curve(lower, epochs, columns.d_fake, "C3", "D(G(z)), of fakes")
+        draw_curve(middle, epochs, columns.d_real, "C2", "D(x), of real images")
+        draw_curve(middle, epochs, columns.d_fake, "C3", "D(G(z)), of fakes")
         upper.set_title("healthy: both wander; a slowly rising generator loss is no failure")
         upper.set(ylabel="loss", ylim=(0, highest))
-        lower.set_title("healthy: apart, but not at 1 and 0, where the discriminator has won")
-        lower.set(ylabel='probability of "real"', ylim=(-0.02, 1.02), xlabel="epoch")
-        upper.legend(fontsize=9)
-        lower.legend(fontsize=9)
+        middle.set_title("healthy: apart, but not at 1 and 0, where the discriminator has won")
+        middle.set(ylabel='probability of "real"', ylim=(-0.02, 1.02))
+        lower.set_title("how far the faces are from real ones; real ones from others: the line")
+        lower.set(ylabel="distance", xlabel="epoch", yscale="log")
+        if quality:
+            measured = Quality(*zip(*quality))
+            best = measured.epoch.index(measured.best[-1])
+            lower.plot(measured.epoch, measured.distance, "C4o-", label="averaged generator")
+            lower.plot(measured.best[-1], measured.distance[best], "r*", label="generator.pt")
+            lower.axhline(measured.floor[-1], color="grey")
+        for axes in figure.axes:
+            axes.grid(alpha=0.2)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(fontsize=9)
 
 
 def draw_curve(axes, epochs, values, colour, label):
@@ -1034,7 +1099,6 @@ def draw_curve(axes, epochs, values, colour, label):
     smooth = F.avg_pool1d(raw[None], window, 1, window // 2, count_include_pad=False)
     axes.plot(epochs, raw, color=colour, alpha=0.25, linewidth=0.8)
     axes.plot(epochs, smooth[0], color=colour, label=label)
-    axes.grid(alpha=0.2)
 
 
 def draw_film(epochs):
@@ -1084,6 +1148,18 @@ def advice(rows, diversity_share):
         )
 
 
+def decline(quality):
+    """A line if the rows of quality.csv have been far worse than the best for long, else None."""
+    best = min(quality, key=lambda row: row.distance)
+    if len(quality) > 3 and min(row.distance for row in quality[-3:]) > 1.5 * best.distance:
+        return (
+            f"the faces have become worse: distance {quality[-1].distance:.3f}, after "
+            f"{best.distance:.3f} in epoch {best.epoch}; generator.pt holds the best, of epoch "
+            f"{quality[-1].best}; stop, or go on with a lower LEARNING_RATE"
+        )
+    return None
+
+
 def diversity(images):
     """How much images (N, 3, H, W) differ: their standard deviation, over 8 × 8 patches."""
     return F.adaptive_avg_pool2d(images.float(), 8).std(0).mean().item()
@@ -1111,6 +1187,21 @@ class Row(NamedTuple):
         )
 
 
+class Quality(NamedTuple):
+    """A row of quality.csv: how far the averaged generator's faces are from the real ones."""
+
+    epoch: int
+    images: int  # real ones seen since the run began
+    distance: float  # `face_distance` of DISTANCE_IMAGES faces, of noise that stays the same
+    floor: float  # that of as many other real images
+    best: int  # the epoch of generator.pt
+
+    def summary(self):
+        return (
+            f"distance {self.distance:.3f} (of reals: {self.floor:.3f}), best in epoch {self.best}"
+        )
+
+
 class Run:
     """A training run: its Trainer, its Progress, the rows of metrics.csv, and when it reported."""
 
@@ -1120,6 +1211,7 @@ class Run:
         self.steps = steps  # an epoch
         self.progress = Progress()
         self.rows = []
+        self.quality = []
         self.saved_at = self.spoke_at = perf_counter()
         self.timed = (perf_counter(), 0)  # a moment, and how many images had been seen then
         self.drawn_at = -math.inf
@@ -1154,14 +1246,14 @@ class Run:
                 file.write(csv_lines([row]))
         return row
 
-    def save(self, epoch_ended=False):
-        """Write checkpoint.pt and, when an epoch has ended, generator.pt."""
+    def save(self, new_best=None):
+        """Write checkpoint.pt and, of a generator that is the best so far, generator.pt."""
         self.saved_at = perf_counter()
         if RANK > 0:
             return
         state = checkpoint_state(self)
-        if epoch_ended:  # generator.pt first: a run that is killed in between does this again
-            save_generator(state)
+        if new_best:  # generator.pt first: a run that is killed in between does this again
+            save_generator(state, new_best)
         save_checkpoint(state)
 
 
@@ -1195,7 +1287,7 @@ def train():
         run = Run(Trainer(device, pick_dtype(device)), key, batches.steps)
         announce(run.trainer, batches)
         begin(run, state)
-        train_epochs(run, batches, some_reals(faces))
+        train_epochs(run, batches, faces)
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
     say(
@@ -1228,8 +1320,8 @@ def begin(run, state):
     else:
         sample(run)
     if RANK == 0:  # anew: rows after the checkpoint will come again
-        rows = csv_lines([Row._fields, *run.rows])
-        write_file(Path(OUTPUT_DIR) / "metrics.csv", lambda file: file.write(rows))
+        write_rows("metrics.csv", Row, run.rows)
+        write_rows("quality.csv", Quality, run.quality)
 
 
 def sample(run):
@@ -1250,7 +1342,7 @@ def some_reals(faces):
     return faces.index_select(0, chosen).float() / 255
 
 
-def train_epochs(run, batches, reals):
+def train_epochs(run, batches, faces):
     """Train to the last epoch, or to a signal: then save, and raise KeyboardInterrupt."""
     progress = run.progress
     with kept_signals() as signals:
@@ -1259,7 +1351,7 @@ def train_epochs(run, batches, reals):
             if whole:
                 progress.epoch += 1
                 progress.step = 0
-            end_epoch(run, reals, whole)
+            end_epoch(run, faces, whole)
             if not whole:
                 at = f"step {progress.step} of epoch {progress.epoch + 1}"
                 say(f"saved after {at}; the same command goes on from there")
@@ -1308,23 +1400,69 @@ def report(run, row, bar):
         say(f"the run will take about {duration}")
 
 
-def end_epoch(run, reals, whole):
+def end_epoch(run, faces, whole):
     """After an epoch, or the part of it that a signal has left: samples, checkpoint, pictures."""
     epoch = run.progress.epoch
     fakes = sample(run)
-    run.save(epoch_ended=whole)
+    new_best = measure(run, faces) if whole else None
+    run.save(new_best)
+    reals = some_reals(faces)
     last = epoch == EPOCHS or not whole
-    if RANK == 0 and run.rows and (last or perf_counter() - run.drawn_at > 30):
+    if RANK == 0 and run.rows and (last or perf_counter() - run.drawn_at > 120):
         draw_pictures(run, reals, fakes)
         run.drawn_at = perf_counter()
     if not whole:
         return
+    news = []
     if not sys.stderr.isatty():
-        say(f"epoch {epoch}/{EPOCHS}: {run.rows[-1].summary()}")
+        news.append(run.rows[-1].summary())
+    if run.quality and run.quality[-1].epoch == epoch:
+        news.append(run.quality[-1].summary())
+    if news:
+        say(f"epoch {epoch}/{EPOCHS}: {', '.join(news)}")
+    if run.quality and (line := decline(run.quality)):
+        say(f"after epoch {epoch}, {line}")
     if run.trainer.images > 10_000:  # before that, nothing is amiss yet
         rows = [row for row in run.rows if row.epoch == epoch]
-        for line in advice(rows, diversity(fakes) / (diversity(reals) or 1)):
+        share = diversity(fakes) / (diversity(reals) or 1)
+        for line in advice(rows, share):
             say(f"after epoch {epoch}, {line}")
+
+
+MEASURE_EVERY = 25_000  # images at least, since it takes as long as to train on about 500
+TIE = 0.02  # two distances that are nearer to each other are taken for the same
+
+
+def measure(run, faces):
+    """Append a row to quality.csv, and return it if its generator is the best so far.
+
+    Short epochs are not all measured; the first and the last one are.
+    """
+    trainer, epoch = run.trainer, run.progress.epoch
+    measured = run.quality[-1].images if run.quality else -math.inf
+    if RANK > 0 or (epoch < EPOCHS and trainer.images - measured < MEASURE_EVERY):
+        return None
+    stream = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(faces), generator=stream)[: 2 * DISTANCE_IMAGES]
+    shown = (faces.index_select(0, part) / 255 for part in chosen.split(64))
+    reals, others = shrunk(shown).chunk(2)
+    latents = torch.randn(len(reals), LATENT_SIZE, 1, 1, generator=stream).to(trainer.device)
+    average = trainer.settled_average()
+    fakes = (images_from(average, part, trainer.dtype) for part in latents.split(64))
+    distance = face_distance(shrunk(fakes), reals)
+    floor = run.quality[0].floor if run.quality else face_distance(others, reals)
+    lowest = min((row.distance for row in run.quality), default=math.inf)
+    is_best = distance <= lowest * (1 + TIE)
+    best = epoch if is_best else run.quality[-1].best
+    run.quality.append(Quality(epoch, trainer.images, distance, floor, best))
+    write_rows("quality.csv", Quality, run.quality)
+    return run.quality[-1] if is_best else None
+
+
+def write_rows(name, kind, rows):
+    """Write a table in OUTPUT_DIR anew, with the names of its columns."""
+    lines = csv_lines([kind._fields, *rows])
+    write_file(Path(OUTPUT_DIR) / name, lambda file: file.write(lines))
 
 
 def csv_lines(rows):
@@ -1377,7 +1515,9 @@ class TrainedGenerator:
 
     def __init__(self, checkpoint=None):
         check_settings()
-        self.state = read_checkpoint(checkpoint or find_checkpoint())
+        path = checkpoint or find_checkpoint()
+        self.state = read_checkpoint(path)
+        say(f"the generator of {path}, after epoch {self.state['epoch']}")
         self.device = pick_device()
         self.dtype = pick_dtype(self.device)
         generator = build_generator(self.state)
@@ -1411,8 +1551,8 @@ class TrainedGenerator:
 
 
 def find_checkpoint():
-    """The newest of OUTPUT_DIR's files that hold a generator. Raises UserError without one."""
-    for name in ("checkpoint.pt", "checkpoint.previous.pt", "generator.pt"):
+    """OUTPUT_DIR's best generator or, before there is one, its checkpoint. UserError without."""
+    for name in ("generator.pt", "checkpoint.pt", "checkpoint.previous.pt"):
         path = Path(OUTPUT_DIR) / name
         if path.exists():
             return path
@@ -2149,7 +2289,7 @@ SETTING_GROUPS: dict[str, dict] = {
         "BETA2": Number(float, 0, 0.99999, "AdamW's memory of squared gradients"),
         "WEIGHT_DECAY": Number(float, 0, 1, "AdamW's weight decay"),
         "REAL_LABEL": Number(float, 0.5, 1, "target for real images; 0.9 holds D back"),
-        "EMA_IMAGES": Number(int, 0, 10**9, "half-life, in images, of the generator's average"),
+        "AVERAGE_SHARE": Number(float, 0, 1, "the average's half-life, of the images seen"),
         "SEED": Number(int, 0, 2**63 - 1, "decides weights, noise and the order of images"),
     },
     "reporting": {
@@ -2257,7 +2397,9 @@ def command_line():
     parser = Parser(prog="dcgan.py", usage="dcgan.py [command] [flags]", description=about)
     parser.set_defaults(command=train)
     parser.add_argument(
-        "--demo", action="store_true", help="train on faces that the script draws, in minutes"
+        "--demo",
+        action="store_true",
+        help="train on faces that the script draws, in minutes",
     )
     commands = parser.add_subparsers(
         title="commands, in place of training", metavar="command", prog="dcgan.py"

@@ -604,7 +604,8 @@ def test_a_checkpoint_holds_plain_things_under_plain_keys(reference):
     assert list(state["generator"]) == list(state["average"]) == list(generator.state_dict())
     assert list(state["discriminator"]) == list(dcgan.Discriminator(32, 4).state_dict())
     small = load(reference, "generator.pt")
-    assert same(small["average"], state["average"])
+    assert small["epoch"] == state["quality"][-1][-1]  # the best epoch's
+    assert (small["epoch"] < 3) or same(small["average"], state["average"])
     assert (reference / "output/generator.pt").stat().st_size < (
         reference / "output/checkpoint.pt"
     ).stat().st_size / 3

@@ -176,7 +176,7 @@ def test_every_flag_sets_its_constant_for_the_run_and_main_puts_it_back(workplac
         "BETA2": 0.99,
         "WEIGHT_DECAY": 0.02,
         "REAL_LABEL": 0.9,
-        "EMA_IMAGES": 100,
+        "AVERAGE_SHARE": 0.1,
         "SEED": 7,
         "LOG_EVERY": 3,
         "CHECKPOINT_MINUTES": 0.5,

@@ -1,18 +1,11 @@
-"""Devices: what is picked, what is said where one cannot be used, and the paths of GPUs and Macs.
-
-What needs an NVIDIA card or a Mac is skipped without one, and is to be run where there is one:
-pytest tests/test_hardware.py
-"""
+"""Devices: what is picked, and what is said where one cannot be used. No GPU is needed for this."""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, TINY, dcgan, flags
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA card")
-needs_mps = pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs a Mac")
+from conftest import ROOT, dcgan, flags
 
 ON_A_MAC = """
 import sys
@@ -22,16 +15,6 @@ sys.path.insert(0, sys.argv[1])
 import dcgan
 sys.exit(dcgan.main(sys.argv[2:]))
 """
-
-
-def batch(device, number=0):
-    """(faces, flips, latents) as the training step takes them."""
-    stream = torch.Generator().manual_seed(number)
-    size = TINY["IMAGE_SIZE"]
-    faces = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8, generator=stream)
-    flips = torch.rand(8, 1, 1, 1, generator=stream) < 0.5
-    latents = torch.randn(8, TINY["LATENT_SIZE"], 1, 1, generator=stream)
-    return [tensor.to(device) for tensor in (faces, flips, latents)]
 
 
 # ----------------------------------------------------------------------------------------- a choice
@@ -93,80 +76,6 @@ def test_a_launcher_that_shows_each_process_one_card_is_told_of_local_rank(
     monkeypatch.setenv("LOCAL_RANK", "7")
     assert tiny.main(["--device", "cuda"]) == 2
     assert "LOCAL_RANK" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------- NVIDIA
-
-
-@needs_cuda
-def test_steps_by_the_graph_are_the_steps_without_it(tiny):
-    device = torch.device("cuda", 0)
-    graphed, eager = (tiny.Trainer(device, torch.float32) for _ in range(2))
-    eager.graph = None
-    for number in range(8):
-        graphed.advance(*batch(device, number))
-        eager.advance(*batch(device, number))
-    assert graphed.graph.graph is not None
-    torch.testing.assert_close(graphed.fetch(8), eager.fetch(8), rtol=1e-3, atol=1e-3)
-    for one, two in zip(graphed.generator.parameters(), eager.generator.parameters()):
-        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-4)
-
-
-@needs_cuda
-def test_a_capture_that_fails_leaves_a_run_that_goes_on(tiny, monkeypatch, capsys):
-    device = torch.device("cuda", 0)
-    trainer = tiny.Trainer(device, torch.float16)
-    step = trainer.step
-
-    def step_that_waits(*inputs):
-        step(*inputs)
-        if torch.cuda.is_current_stream_capturing():
-            trainer.totals.tolist()  # which no capture survives
-
-    monkeypatch.setattr(trainer, "step", step_that_waits)
-    for number in range(8):
-        trainer.advance(*batch(device, number))
-    assert trainer.graph.graph is None and "no CUDA graph" in capsys.readouterr().out
-    assert all(mean == mean for mean in trainer.fetch(8))
-
-
-@needs_cuda
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_a_run_on_a_card_resumes_and_generates_without_a_warning(tiny, capsys, precision):
-    settings = ["--device", "cuda", "--precision", precision]
-    assert tiny.main(settings) == 0
-    assert tiny.main([*settings, "--epochs", "3"]) == 0
-    assert tiny.main(["generate", "--device", "cuda"]) == 0
-    said = capsys.readouterr()
-    assert "epoch 3, step 1" in said.out and "Warning" not in said.err
-
-
-@needs_cuda
-def test_rows_beyond_two_to_the_31_elements_are_the_right_ones(tiny):
-    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
-        pytest.skip("needs 6 GiB on the card")
-    count = 180_000  # 2.2e9 elements
-    faces = torch.zeros(count, 3, 64, 64, dtype=torch.uint8)
-    faces.view(count, -1)[:, :4] = (
-        torch.arange(count, dtype=torch.int32).view(torch.uint8).view(-1, 4)
-    )
-    chosen = torch.tensor([0, 1, 174_762, 174_763, count - 1])
-    there = faces.cuda().index_select(0, chosen.cuda()).cpu()
-    assert torch.equal(there, faces[chosen])
-
-
-# ---------------------------------------------------------------------------------------------- Mac
-
-
-@needs_mps
-def test_a_run_on_a_mac_learns_what_a_cpu_does(tiny):
-    losses = {}
-    for device in ("cpu", "mps"):
-        trainer = tiny.Trainer(torch.device(device), torch.float32)
-        for number in range(4):
-            trainer.advance(*batch(device, number))
-        losses[device] = trainer.fetch(4)
-    torch.testing.assert_close(losses["mps"], losses["cpu"], rtol=0.05, atol=0.02)
 
 
 def test_layouts_are_the_fastest_that_work():

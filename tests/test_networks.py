@@ -224,6 +224,16 @@ def test_a_step_touches_nothing_else(tiny, dtype):
     }  # real, fake, and fake again for the generator
 
 
+def test_a_learning_rate_that_is_changed_counts_from_the_next_step(tiny):
+    made = trainer(tiny)
+    made.advance(*batch())
+    made.generator_descent.rate.zero_()
+    before = frozen(made.generator)
+    made.advance(*batch(seed=1))
+    names = [name for name, _ in made.generator.named_parameters()]
+    assert equal(before, made.generator, names)
+
+
 def test_steps_follow_from_the_seed_and_the_batches_alone(tiny):
     made = trainer(tiny)
     torch.rand(99)
@@ -250,9 +260,9 @@ def test_weights_and_what_the_optimizers_keep_are_channels_last(tiny):
 # ------------------------------------------------------------------------------------------ average
 
 
-@pytest.mark.parametrize("half_life, images", [(16, 10**6), (5000, 10**6), (5000, 312), (0, 10**6)])
-def test_the_average_covers_the_weights_with_the_documented_half_life(tiny, half_life, images):
-    made = trainer(tiny, EMA_IMAGES=half_life)
+@pytest.mark.parametrize("share, images", [(0.01, 10**4), (0.05, 10**6), (0.05, 312), (0, 10**6)])
+def test_the_average_covers_the_weights_with_the_documented_half_life(tiny, share, images):
+    made = trainer(tiny, AVERAGE_SHARE=share)
     with torch.no_grad():
         for parameter in made.average.parameters():
             parameter.copy_(torch.randn(parameter.shape) * 9)
@@ -260,7 +270,7 @@ def test_the_average_covers_the_weights_with_the_documented_half_life(tiny, half
     wanted = {name: tensor.clone() for name, tensor in made.average.named_parameters()}
     for number in range(4):
         made.advance(*batch(seed=number))
-        documented = min(half_life, 0.05 * (images + 8 * (number + 1)))
+        documented = share * (images + 8 * (number + 1))
         keep = 0.5 ** (8 / documented) if documented else 0
         for name, tensor in made.generator.named_parameters():
             wanted[name] = keep * wanted[name] + (1 - keep) * tensor
@@ -284,7 +294,7 @@ def test_the_averages_statistics_are_those_of_its_own_activations_and_follow_fro
     norms = [module for module in settled.modules() if isinstance(module, nn.BatchNorm2d)]
     seen = []
     for module in norms:
-        module.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        module.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
     settled(torch.randn(2_000, TINY["LATENT_SIZE"], 1, 1))
     for module, output in zip(norms, seen, strict=True):  # normalised: only gain and bias are left
         spread = output.std((0, 2, 3)) / module.weight

@@ -21,6 +21,7 @@ ALWAYS = {
     "generator.pt",
     "losses.png",
     "metrics.csv",
+    "quality.csv",
     "real_vs_fake.png",
     "training.gif",
     "samples/epoch_000.png",
@@ -64,7 +65,9 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
     first, second, *epochs, last = done.stdout.splitlines()
     assert re.fullmatch(r"CPU, \d+ threads, float32; 39 images, 4 steps an epoch, 2 epochs", first)
     assert re.search(r"about [\d.]+ (s|min|h)\b", second)
-    assert [re.fullmatch(rf"epoch (\d/\d): {LINE}", line)[1] for line in epochs] == ["1/2", "2/2"]
+    more = r", distance \d\.\d+ \(of reals: \d\.\d+\), best in epoch \d"
+    found = [re.fullmatch(rf"epoch (\d/\d): {LINE}{more}", line) for line in epochs]
+    assert [match[1] for match in found] == ["1/2", "2/2"]
     assert last.startswith("finished") and "generate" in last
 
     written = files(workplace / "output")
@@ -105,7 +108,7 @@ def test_a_terminal_shows_a_bar_with_the_losses(workplace):
             os.close(ours)
         assert process.wait() == 0
     shown = shown.decode()
-    bars = [line for line in re.split(r"[\r\n]", shown) if "epoch 1/1" in line]
+    bars = [line for line in re.split(r"[\r\n]", shown) if "steps/s" in line]
     assert re.search(rf"5/5 .*{LINE}", bars[-1]), bars
     assert not any(re.fullmatch(rf"epoch 1/1: {LINE}", line) for line in shown.splitlines())
     assert "finished" in shown

@@ -1,0 +1,189 @@
+"""The paths of NVIDIA cards and of Apple's MPS. Without such a device all of this is skipped."""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SCRIPT, TINY, flags
+
+CUDA = torch.cuda.is_available()
+needs_cuda = pytest.mark.skipif(not CUDA, reason="needs an NVIDIA card")
+needs_mps = pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs a Mac")
+
+
+def batch(device, number=0, size=TINY["IMAGE_SIZE"]):
+    """(faces, flips, latents) as the training step takes them."""
+    stream = torch.Generator().manual_seed(number)
+    faces = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8, generator=stream)
+    flips = torch.rand(8, 1, 1, 1, generator=stream) < 0.5
+    latents = torch.randn(8, TINY["LATENT_SIZE"], 1, 1, generator=stream)
+    return [tensor.to(device) for tensor in (faces, flips, latents)]
+
+
+@pytest.fixture
+def card(tiny):
+    """The first card, with the settings that a run makes on it."""
+    tiny.DEVICE = "cuda"
+    return tiny.pick_device()
+
+
+def counters(network):
+    return [int(buffer) for name, buffer in network.named_buffers() if "tracked" in name]
+
+
+# ---------------------------------------------------------------------------------------- the graph
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_by_the_graph_are_the_steps_without_it(tiny, card, dtype):
+    graphed, eager = (tiny.Trainer(card, dtype) for _ in range(2))
+    eager.graph = None
+    for number in range(8):
+        graphed.advance(*batch(card, number))
+        eager.advance(*batch(card, number))
+    assert graphed.graph.graph is not None, "there is no graph"
+    loose = 1e-3 if dtype == torch.float32 else 0.1
+    assert graphed.fetch(8) == pytest.approx(eager.fetch(8), rel=loose, abs=loose)
+    assert set(counters(graphed.generator)) == {8}  # one forward a step
+    assert set(counters(graphed.discriminator)) == {24}  # reals, fakes, and fakes again
+
+
+@needs_cuda
+def test_the_optimizers_warn_of_nothing_and_are_capturable_with_the_graph(tiny, card, recwarn):
+    trainer = tiny.Trainer(card, torch.float32)
+    for number in range(6):
+        trainer.advance(*batch(card, number))
+    assert not [str(warning.message) for warning in recwarn]
+    assert trainer.generator_descent.optimizer.param_groups[0]["capturable"]
+
+
+@needs_cuda
+def test_a_learning_rate_that_changes_reaches_the_graph(tiny, card):
+    trainer = tiny.Trainer(card, torch.float32)
+    for number in range(6):
+        trainer.advance(*batch(card, number))
+    for descent in (trainer.generator_descent, trainer.discriminator_descent):
+        descent.rate.zero_()
+    before = [parameter.clone() for parameter in trainer.generator.parameters()]
+    trainer.advance(*batch(card, 7))
+    assert all(torch.equal(*pair) for pair in zip(before, trainer.generator.parameters()))
+
+
+@needs_cuda
+def test_a_capture_that_fails_leaves_a_run_that_goes_on(tiny, card, monkeypatch, capsys):
+    trainer = tiny.Trainer(card, torch.float16)
+    step = trainer.step
+
+    def step_that_waits(*inputs):
+        step(*inputs)
+        if torch.cuda.is_current_stream_capturing():
+            trainer.totals.sum().item()  # which no capture survives
+
+    monkeypatch.setattr(trainer, "step", step_that_waits)
+    stream = torch.cuda.current_stream()
+    for number in range(8):
+        trainer.advance(*batch(card, number))
+    assert trainer.graph.graph is None and torch.cuda.current_stream() == stream
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "no CUDA graph" in line]
+    assert all(mean == mean for mean in trainer.fetch(8))
+
+
+@needs_cuda
+def test_two_hundred_steps_take_no_more_memory_than_twenty(tiny, card):
+    trainer = tiny.Trainer(card, torch.bfloat16)
+    for number in range(20):
+        trainer.advance(*batch(card, number))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved()
+    for number in range(200):
+        trainer.advance(*batch(card, number % 20))
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_reserved() - before < 2**20
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+@needs_cuda
+def test_batches_are_the_same_from_the_card_and_from_pinned_memory(tiny, card, monkeypatch):
+    faces = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
+    resident = tiny.Batches(faces, card)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (0, 1))
+    pinned = tiny.Batches(faces, card)
+    assert resident.faces.is_cuda and not pinned.faces.is_cuda
+    for one, two in zip(resident.epoch(0), pinned.epoch(0), strict=True):
+        assert all(torch.equal(a, b) and b.is_cuda for a, b in zip(one, two))
+
+
+@needs_cuda
+def test_rows_beyond_two_to_the_31_elements_are_the_right_ones(tiny):
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB on the card")
+    count = 180_000  # 2.2e9 elements
+    faces = torch.zeros(count, 3, 64, 64, dtype=torch.uint8)
+    numbers = torch.arange(count, dtype=torch.int32)
+    faces.view(count, -1)[:, :4] = numbers.view(torch.uint8).view(-1, 4)
+    chosen = torch.tensor([0, 1, 174_762, 174_763, count - 1])
+    there = faces.cuda().index_select(0, chosen.cuda()).cpu()
+    assert torch.equal(there, faces[chosen])
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_a_run_on_a_card_resumes_and_draws_the_same_faces_for_a_seed(tiny, capsys, precision):
+    settings = ["--device", "cuda", "--precision", precision]
+    assert tiny.main(settings) == 0
+    assert tiny.main([*settings, "--epochs", "3"]) == 0
+    said = capsys.readouterr()
+    assert "epoch 3, step 1" in said.out and "Warning" not in said.err
+    tiny.DEVICE, tiny.PRECISION = "cuda", precision
+    first, again = (tiny.generate_images(70, seed=1) for _ in range(2))
+    assert torch.equal(first, again) and first.device.type == "cpu"
+    assert torch.equal(tiny.generate_images(3, seed=1), first[:3])
+
+
+@needs_cuda
+def test_a_full_card_is_one_line_with_its_name_and_what_is_free(tiny, capsys, monkeypatch):
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        larger = {"BATCH_SIZE": 40, "G_FEATURES": 512, "D_FEATURES": 512, "DEVICE": "cuda"}
+        assert tiny.main(flags(**larger, DATA_DIR="faces")) == 1
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "out of memory" in line and "BATCH_SIZE" in line
+    assert torch.cuda.get_device_name() in line and "free" in line
+
+
+@needs_cuda
+def test_torchrun_with_one_card_trains(workplace):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=1", str(SCRIPT), *flags(DATA_DIR="faces", DEVICE="cuda")]
+    done = subprocess.run(
+        command, cwd=workplace, env=dict(os.environ), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "output/generator.pt").exists()
+
+
+@needs_mps
+def test_a_run_on_a_mac_learns_what_a_cpu_does(tiny):
+    losses = {}
+    for device in ("cpu", "mps"):
+        trainer = tiny.Trainer(torch.device(device), torch.float32)
+        for number in range(4):
+            trainer.advance(*batch(device, number))
+        losses[device] = trainer.fetch(4)
+    assert losses["mps"] == pytest.approx(losses["cpu"], rel=0.05, abs=0.02)
+    assert tiny.main(["--device", "mps"]) == 0
+    assert tiny.main(["generate", "--device", "mps"]) == 0
