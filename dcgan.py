@@ -1299,7 +1299,7 @@ def train():
 
 def announce(trainer, batches):
     """The first lines: on what it runs, with what."""
-    device, gpus = trainer.device, torch.cuda.device_count()
+    device = trainer.device
     where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         place = "it" if batches.faces.is_cuda else "disk"
@@ -1309,8 +1309,6 @@ def announce(trainer, batches):
     dtype = str(trainer.dtype).removeprefix("torch.")
     amount = f"{batches.count:,} images, {batches.steps:,} steps an epoch, {EPOCHS} epochs"
     say(f"{where}, {dtype}; {amount}")
-    if device.type == "cuda" and WORLD_SIZE == 1 and gpus > 1:
-        say(f"this run uses one of {gpus} GPUs; torchrun --nproc-per-node {gpus} dcgan.py uses all")
 
 
 def begin(run, state):
