@@ -1411,14 +1411,13 @@ def end_epoch(run, faces, whole):
         run.drawn_at = perf_counter()
     if not whole:
         return
-    news = []
-    if not sys.stderr.isatty():
-        news.append(run.rows[-1].summary())
-    if run.quality and run.quality[-1].epoch == epoch:
+    measured = run.quality and run.quality[-1].epoch == epoch
+    news = [] if sys.stderr.isatty() else [run.rows[-1].summary()]
+    if measured:
         news.append(run.quality[-1].summary())
     if news:
         say(f"epoch {epoch}/{EPOCHS}: {', '.join(news)}")
-    if run.quality and (line := decline(run.quality)):
+    if measured and (line := decline(run.quality)):
         say(f"after epoch {epoch}, {line}")
     if run.trainer.images > 10_000:  # before that, nothing is amiss yet
         rows = [row for row in run.rows if row.epoch == epoch]
@@ -1447,7 +1446,8 @@ def measure(run, faces):
     latents = torch.randn(len(reals), LATENT_SIZE, 1, 1, generator=stream).to(trainer.device)
     average = trainer.settled_average()
     fakes = (images_from(average, part, trainer.dtype) for part in latents.split(64))
-    distance = face_distance(shrunk(fakes), reals)
+    fakes = shrunk(fakes).nan_to_num()  # of a generator that is not finite, and will not be saved
+    distance = face_distance(fakes, reals)
     floor = run.quality[0].floor if run.quality else face_distance(others, reals)
     lowest = min((row.distance for row in run.quality), default=math.inf)
     is_best = distance <= lowest * (1 + TIE)
