@@ -90,7 +90,7 @@ SEED = 0  # decides the first weights, the noise and the order of the images
 
 # Reporting
 LOG_EVERY = 20  # steps a row of metrics.csv, which holds their means
-CHECKPOINT_MINUTES = 10.0  # minutes of work that can be lost at most; each epoch is saved, too
+CHECKPOINT_MINUTES = 10.0  # minutes of work that can be lost; long epochs are saved, too
 
 # Hardware
 DEVICE: str | None = None  # cpu, mps, cuda or cuda:1; None: the best that is there
@@ -1246,15 +1246,11 @@ class Run:
                 file.write(csv_lines([row]))
         return row
 
-    def save(self, new_best=None):
-        """Write checkpoint.pt and, of a generator that is the best so far, generator.pt."""
+    def save(self):
+        """Write checkpoint.pt."""
         self.saved_at = perf_counter()
-        if RANK > 0:
-            return
-        state = checkpoint_state(self)
-        if new_best:  # generator.pt first: a run that is killed in between does this again
-            save_generator(state, new_best)
-        save_checkpoint(state)
+        if RANK == 0:
+            save_checkpoint(checkpoint_state(self))
 
 
 def train():
@@ -1403,9 +1399,12 @@ def end_epoch(run, faces, whole):
     epoch = run.progress.epoch
     fakes = sample(run)
     new_best = measure(run, faces) if whole else None
-    run.save(new_best)
-    reals = some_reals(faces)
+    if new_best:  # before the checkpoint: a run that is killed in between does this again
+        save_generator(checkpoint_state(run), new_best)
     last = epoch == EPOCHS or not whole
+    if last or perf_counter() - run.saved_at > min(60, 60 * CHECKPOINT_MINUTES):
+        run.save()  # on a fast GPU, saving every epoch would take a twentieth of the time
+    reals = some_reals(faces)
     if RANK == 0 and run.rows and (last or perf_counter() - run.drawn_at > 120):
         draw_pictures(run, reals, fakes)
         run.drawn_at = perf_counter()

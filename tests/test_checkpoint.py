@@ -32,7 +32,7 @@ LONG = {
     "EPOCHS": 3,
     "LOG_EVERY": 3,
     "DATA_DIR": "faces",
-    "CHECKPOINT_MINUTES": 1e6,
+    "CHECKPOINT_MINUTES": 0,
 }  # 10 steps an epoch
 
 
@@ -283,7 +283,7 @@ def test_ctrl_c_before_the_first_step_ends_at_once(forks, reference, tmp_path):
 
 
 def test_a_second_ctrl_c_leaves_at_once_with_files_whole(forks, reference, workplace):
-    forks.start(workplace)
+    forks.start(workplace, CHECKPOINT_MINUTES=1e6)
     until(lambda: rows_of(workplace))
     forks.send(signal.SIGINT)
     until((workplace / "output/checkpoint.pt").exists)
@@ -580,6 +580,13 @@ def test_the_previous_checkpoint_is_one_save_older(reference):
     assert [
         load(reference, name)["epoch"] for name in ("checkpoint.previous.pt", "checkpoint.pt")
     ] == [2, 3]
+
+
+def test_short_epochs_are_not_all_saved_but_the_last_one_is(tiny):
+    tiny.EPOCHS, tiny.CHECKPOINT_MINUTES = 3, 10
+    tiny.train()
+    assert load(Path())["epoch"] == 3 and not Path("output/checkpoint.previous.pt").exists()
+    assert len(os.listdir("output/samples")) == 4
 
 
 def test_a_checkpoint_holds_plain_things_under_plain_keys(reference):

@@ -256,7 +256,9 @@ def test_checkpoints_go_from_one_process_to_two_and_back_within_an_epoch(
 
 
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_by_restart(workplace):
-    with Torchrun(workplace, *flags(DATA_DIR="faces", EPOCHS=10**6)) as torchrun:
+    with Torchrun(
+        workplace, *flags(DATA_DIR="faces", EPOCHS=10**6, CHECKPOINT_MINUTES=0)
+    ) as torchrun:
         torchrun.until("epoch 2/")
         workers = torchrun.workers()
         workers[1].kill()
@@ -264,7 +266,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_by_restart(workpla
         assert not psutil.wait_procs(workers, timeout=5)[1]
     epochs = checkpoint(workplace)["epoch"] + 60
     options = ("--standalone", "--max-restarts=1")
-    with Torchrun(workplace, *flags(DATA_DIR="faces", EPOCHS=epochs), options=options) as torchrun:
+    with Torchrun(
+        workplace, *flags(DATA_DIR="faces", EPOCHS=epochs, CHECKPOINT_MINUTES=0), options=options
+    ) as torchrun:
         torchrun.until("going on from")
         torchrun.until(f"/{epochs}: ")
         torchrun.workers()[0].kill()

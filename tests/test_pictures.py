@@ -126,7 +126,7 @@ def test_samples_are_drawn_by_the_averaged_generator_from_noise_that_stays(tiny)
 def test_a_fresh_run_in_a_used_folder_films_itself_alone(tiny):
     assert dcgan.main(["--epochs", "4"]) == 0
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
-        os.remove(f"output/{name}")
+        dcgan.Path(f"output/{name}").unlink(missing_ok=True)
     assert dcgan.main(["--epochs", "1", "--seed", "1"]) == 0
     assert len(film()[0]) == 2 and len(rows()) == 1 + 3
 

@@ -45,7 +45,7 @@ def test_pictures_and_requirements_are_there():
 
 
 def test_what_it_writes_is_what_a_run_leaves_in_its_folders(workplace):
-    done = run(*flags(DATA_DIR="faces"), cwd=workplace)
+    done = run(*flags(DATA_DIR="faces", CHECKPOINT_MINUTES=0), cwd=workplace)
     assert done.returncode == 0, done.stderr
     section = README.partition("## What it writes")[2].partition("\n## ")[0]
     named = set(re.findall(r"`([\w./]+\.\w+)`", section))
