@@ -1020,7 +1020,10 @@ def face_distance(fakes, reals):
         return math.inf
     fakes = fakes[:, varied] / spread[varied]
     reals = reals[:, varied] / spread[varied]
-    return frechet_distance(fakes, reals) / len(spread[varied])
+    try:
+        return frechet_distance(fakes, reals) / len(spread[varied])
+    except torch.linalg.LinAlgError:  # too many images are copies of others
+        return math.inf
 
 
 def shrunk(batches):
