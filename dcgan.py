@@ -2488,7 +2488,9 @@ def main(argv=None):
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (UserError, SystemFailure) as error:
         return complain(error, error.status)
-    except RuntimeError as error:  # of PyTorch
+    except NotImplementedError as error:  # PyTorch's, for what a device cannot do
+        return complain(f"{one_line(error)}; try --device cpu")
+    except RuntimeError as error:  # PyTorch's
         if out_of_memory(error):
             return complain(f"{memory_left()} ({one_line(error)}); lower BATCH_SIZE or IMAGE_SIZE")
         if WORLD_SIZE > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):

@@ -63,6 +63,16 @@ def test_a_card_that_is_not_there_is_one_line_that_names_the_cpu(tiny, capsys):
         assert line.count("\n") == 1 and device in line and "--device cpu" in line
 
 
+def test_what_a_device_cannot_do_is_one_line_that_names_the_cpu(tiny, monkeypatch, capsys):
+    def step(trainer, *batch):
+        raise NotImplementedError("The operator 'aten::x' is not implemented for the MPS device")
+
+    monkeypatch.setattr(tiny.Trainer, "step", step)
+    assert tiny.main([]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "aten::x" in line and "--device cpu" in line
+
+
 def test_one_card_for_all_processes_is_refused(tiny, monkeypatch, capsys):
     monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
     assert tiny.main(["--device", "cuda:1"]) == 2
