@@ -1,23 +1,30 @@
 """What the tests share: drawn faces, tiny settings, and the script run as a user runs it."""
 
+import csv
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "dcgan.py"
 sys.path.insert(0, str(ROOT))
 
+from kaggle_server import archive_of  # noqa: E402
+
 import dcgan  # noqa: E402
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job has it ignored, and its children
+# a shell's background job has it ignored, and its children
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "IMAGE_SIZE": 32,
@@ -62,6 +69,69 @@ def run(*arguments, cwd, env=None, timeout=300, **options):
             process.kill()
 
 
+def one_line(text, *words):
+    """`text`, which has to be the one line of an error, with these words in it."""
+    assert text.startswith("dcgan.py: error: "), text
+    assert text.endswith("\n") and text.count("\n") == 1, text
+    for word in words:
+        assert str(word) in text, text
+    return text
+
+
+def refused(capsys, *arguments, status=2):
+    """The one line on stderr with which `main` ends."""
+    capsys.readouterr()
+    assert dcgan.main(list(map(str, arguments))) == status
+    return one_line(capsys.readouterr().err)
+
+
+def everything(folder="."):
+    """All below a folder, with when it was written."""
+    return {path: path.lstat().st_mtime_ns for path in Path(folder).rglob("*")}
+
+
+def table(path):
+    """The rows of a file like metrics.csv, each a dict; none if the file is not there yet."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def pixels(path):
+    """A picture as a tensor (3, height, width) of bytes."""
+    with Image.open(path) as image:
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def film(path):
+    """(frames (n, 3, height, width) of bytes, milliseconds of each) of a GIF that runs for ever."""
+    with Image.open(path) as image:
+        assert image.format == "GIF" and image.info["loop"] == 0
+        frames, times = [], []
+        for index in range(image.n_frames):
+            image.seek(index)
+            frames.append(pil_to_tensor(image.convert("RGB")))
+            times.append(image.info["duration"])
+    return torch.stack(frames), times
+
+
+def until(condition, seconds=100):
+    """Wait for something to come true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it does not come to pass"
+        time.sleep(0.002)
+
+
+def own_mounts(script):
+    """The beginning of a command that runs after `script`, whose mounts nobody else sees."""
+    prefix = ["unshare", "-m", "sh", "-ec"]
+    if not shutil.which("unshare") or subprocess.run([*prefix, ""], capture_output=True).returncode:
+        pytest.skip("only root of a Linux may mount")
+    return [*prefix, f'{script}\nexec "$@"', "sh"]
+
+
 def draw_faces(folder, number=40):
     """A folder of `number` drawn faces as JPEGs."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +143,11 @@ def draw_faces(folder, number=40):
 @pytest.fixture(scope="session")
 def all_faces(tmp_path_factory):
     return draw_faces(tmp_path_factory.mktemp("faces") / "faces")
+
+
+@pytest.fixture(scope="session")
+def archive(all_faces):
+    return archive_of(all_faces)
 
 
 @pytest.fixture

@@ -9,13 +9,24 @@ import base64
 import contextlib
 import hashlib
 import http.server
+import io
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
+NAME = "img_align_celeba/img_align_celeba/{}"
+TABLES = (
+    "list_attr_celeba.csv",
+    "list_bbox_celeba.csv",
+    "list_eval_partition.csv",
+    "list_landmarks_align_celeba.csv",
+)
+TABLE_BYTES = 3_200_000  # the client writes whole MiB only
 # Kaggle's client knows localhost only on port 80. Python runs this file when it starts, so the
 # client's own process has the other port.
 SITE_CUSTOMIZE = """
@@ -23,6 +34,21 @@ import os
 import kagglesdk.kaggle_env as env
 env._env_to_endpoint[env.KaggleEnv.LOCAL] = os.environ["TEST_SERVER_ADDRESS"]
 """
+
+
+def archive_of(faces, more=()):
+    """Kaggle's archive as bytes: faces, four tables, and the (name or ZipInfo, data) of `more`."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for index, path in enumerate(sorted(faces.glob("*.jpg")), 1):
+            archive.write(path, NAME.format(f"{index:06d}.jpg"))
+        for table in TABLES:
+            archive.writestr(
+                table, random.Random(0).randbytes(TABLE_BYTES if table == TABLES[0] else 100)
+            )
+        for member, data in more:
+            archive.writestr(member, data)
+    return memory.getvalue()
 
 
 class KaggleServer(http.server.ThreadingHTTPServer):

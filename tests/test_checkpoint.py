@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import dcgan, flags, run, start
+from conftest import dcgan, flags, one_line, own_mounts, run, start, table, until
 from PIL import Image
 
 KILLS = int(os.environ.get("KILLS", 6))
@@ -44,6 +44,8 @@ def serve():
 
     for line in sys.stdin:
         job = json.loads(line)
+        for name in ("stdout", "stderr"):  # there to be read, however soon it is killed
+            Path(job["cwd"], name).write_text("")
         if not (pid := os.fork()):
             status = 70
             try:
@@ -147,25 +149,13 @@ def copied(folder, to):
     return shutil.copytree(folder, to, symlinks=True)
 
 
-def until(condition, seconds=100):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it does not come to pass"
-        time.sleep(0.002)
-
-
 def load(folder, name="checkpoint.pt"):
     return torch.load(folder / "output" / name, weights_only=True)
 
 
 def rows_of(folder):
-    """metrics.csv without its heading and images_per_second."""
-    path = folder / "output/metrics.csv"
-    return (
-        [line.rpartition(",")[0] for line in path.read_text().splitlines()[1:]]
-        if path.exists()
-        else []
-    )
+    """The rows of metrics.csv, without images_per_second."""
+    return [list(row.values())[:-1] for row in table(folder / "output/metrics.csv")]
 
 
 def same(one, two):
@@ -203,12 +193,6 @@ def assert_whole(folder):
             dcgan.read_checkpoint(path)
 
 
-def assert_one_line(text, *words):
-    assert text.startswith("dcgan.py: error: ") and text.count("\n") == 1, text
-    for word in words:
-        assert str(word) in text
-
-
 def contents(folder):
     return {path: path.read_bytes() for path in (folder / "output").glob("*.pt")}
 
@@ -226,7 +210,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(forks, reference,
         deadline = time.monotonic() + rng.expovariate(1 / 0.5)
         while time.monotonic() < deadline:
             if number % 2 and list(
-                workplace.glob("*/**/*.part" if number % 4 == 1 else "output/checkpoint.new*")
+                workplace.glob("*/**/*.part" if number % 4 == 1 else "output/*.part")
             ):
                 writing += 1
                 break
@@ -246,7 +230,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(forks, reference,
 
 def test_a_kill_between_the_renames_of_a_save_is_survived(forks, reference, tmp_path):
     folder = copied(reference, tmp_path / "run")
-    (folder / "output/checkpoint.pt").rename(folder / "output/checkpoint.new")
+    (folder / "output/checkpoint.pt").rename(folder / "output/checkpoint.pt.part")
     assert forks.run(folder)[::2] == (0, "")
     assert_ended_alike(folder, reference)
 
@@ -329,7 +313,7 @@ def test_files_that_may_not_grow_are_named_and_the_old_ones_stay(
     before = contents(folder)
     status, _, stderr = forks.run(folder, limit=20_000)
     assert status == 1
-    assert_one_line(stderr, "File too large", "output/")
+    one_line(stderr, "File too large", "output/")
     assert contents(folder) == before and not list(folder.rglob("*.part"))
     assert forks.run(folder)[::2] == (0, "")
     assert_ended_alike(folder, reference)
@@ -340,14 +324,7 @@ def disk(tmp_path_factory):
     """(Forks, folder): for these processes alone, `output` in it is a disk of 3 MB."""
     folder = tmp_path_factory.mktemp("disk") / "run"
     (folder / "output").mkdir(parents=True)
-    script = 'mount -t tmpfs -o size=3m none "$0" && exec "$@"'
-    prefix = ("unshare", "-m", "sh", "-c", script, str(folder / "output"))
-    if (
-        not shutil.which("unshare")
-        or subprocess.run([*prefix, "true"], capture_output=True).returncode
-    ):
-        pytest.skip("needs root")
-    forks = Forks(*prefix)
+    forks = Forks(*own_mounts(f"mount -t tmpfs -o size=3m none '{folder}/output'"))
     yield forks, folder
     forks.close()
 
@@ -383,7 +360,7 @@ def test_a_full_disk_is_named_and_the_old_files_stay(small_disk, reference):
     fill(seen)
     status, _, stderr = forks.run(folder)
     assert status == 1
-    assert_one_line(stderr, "No space left on device", "output/")
+    one_line(stderr, "No space left on device", "output/")
     assert contents(seen) == before and not list((seen / "output").glob("**/*.part"))
 
     (seen / "output/filler").unlink()
@@ -392,7 +369,7 @@ def test_a_full_disk_is_named_and_the_old_files_stay(small_disk, reference):
     fill(seen)  # while it trains
     status, _, stderr = forks.wait()
     assert status == 1
-    assert_one_line(stderr, "No space left on device", "output/")
+    one_line(stderr, "No space left on device", "output/")
     for path in contents(seen):
         dcgan.read_checkpoint(path)
 
@@ -410,7 +387,7 @@ def test_a_disk_that_cannot_be_written_is_named(small_disk):
     remount(forks, folder, "ro")
     status, _, stderr = forks.run(folder)
     assert status == 1
-    assert_one_line(stderr, "Read-only file system", "output")
+    one_line(stderr, "Read-only file system", "output")
     assert contents(seen) == before
 
 
@@ -418,7 +395,7 @@ def test_an_output_dir_that_is_a_file_is_named(forks, workplace):
     (workplace / "output").write_text("mine")
     status, _, stderr = forks.run(workplace)
     assert status in (1, 2)
-    assert_one_line(stderr, "output")
+    one_line(stderr, "output")
     assert (workplace / "output").read_text() == "mine"
 
 
@@ -426,7 +403,7 @@ def test_two_runs_do_not_share_an_output_dir(forks, workplace, tiny, capsys):
     forks.start(workplace, EPOCHS=10**5, CHECKPOINT_MINUTES=0)
     until(lambda: rows_of(workplace))
     assert tiny.main([]) == 1
-    assert_one_line(capsys.readouterr().err, "in use", "output")
+    one_line(capsys.readouterr().err, "in use", "output")
     forks.send(signal.SIGTERM)
     assert forks.wait()[::2] == (143, "")
 
@@ -469,7 +446,7 @@ def test_two_damaged_checkpoints_are_an_error_that_loses_nothing(forks, referenc
     before = sorted(contents(folder).values())
     status, _, stderr = forks.run(folder)
     assert status == 2
-    assert_one_line(stderr, "damaged", "output/checkpoint")
+    one_line(stderr, "damaged", "output/checkpoint")
     assert sorted(contents(folder).values()) == before
 
 
@@ -512,7 +489,7 @@ def test_a_checkpoint_that_holds_code_never_runs_it(reference, tmp_path, monkeyp
             (folder / "output/checkpoint.previous.pt").unlink(missing_ok=True)
             (folder / "output/checkpoint.pt").write_bytes(data)
             assert tiny.main(arguments) == 2, name
-            assert_one_line(capsys.readouterr().err, ".pt")
+            one_line(capsys.readouterr().err, ".pt")
         assert not os.path.exists("exploded"), name
 
 
@@ -529,7 +506,7 @@ def test_a_small_file_that_claims_a_huge_network_takes_no_memory(
 
     before = kilobytes("VmRSS")
     assert tiny.main(["generate", "--checkpoint", str(tmp_path / "huge.pt")]) == 2
-    assert_one_line(capsys.readouterr().err, "huge.pt")
+    one_line(capsys.readouterr().err, "huge.pt")
     assert kilobytes("VmHWM") - before < 200_000
 
 
@@ -538,7 +515,7 @@ def test_a_checkpoint_that_is_something_else_is_one_line(reference, tmp_path):
         torch.save(thing, tmp_path / f"{name}.pt")
         done = run("generate", "--checkpoint", f"{name}.pt", cwd=tmp_path)
         assert done.returncode == 2
-        assert_one_line(done.stderr, f"{name}.pt", "no checkpoint of dcgan.py")
+        one_line(done.stderr, f"{name}.pt", "no checkpoint of dcgan.py")
 
 
 def test_a_full_memory_is_no_reason_to_call_a_checkpoint_damaged(tiny, monkeypatch, capsys):
@@ -551,7 +528,7 @@ def test_a_full_memory_is_no_reason_to_call_a_checkpoint_damaged(tiny, monkeypat
 
     monkeypatch.setattr(tiny, "restore_trainer", full)
     assert tiny.main([]) == 1
-    assert_one_line(capsys.readouterr().err, "out of memory")
+    one_line(capsys.readouterr().err, "out of memory")
     assert contents(Path()) == before
 
 
@@ -631,7 +608,7 @@ def test_networks_of_other_settings_are_refused_with_both_values(forks, half_don
     ):
         status, _, stderr = forks.run(half_done, **{name: now})
         assert status == 2
-        assert_one_line(stderr, name, now, then)
+        one_line(stderr, name, now, then)
     assert contents(half_done) == before
 
 
@@ -667,7 +644,7 @@ def test_another_order_of_the_images_begins_a_half_done_epoch_again(
     assert f"epoch {epoch + 1} begins again" in stdout
     assert all(f"{name} " in stdout for name in changed)
     steps = {"BATCH_SIZE": 8, "MAX_IMAGES": 8, "files": 9}.get(change, 10)
-    keys = [tuple(map(int, row.split(",")[:2])) for row in rows_of(folder)]
+    keys = [tuple(map(int, row[:2])) for row in rows_of(folder)]
     assert keys == sorted(set(keys)) and keys[-1] == (epoch + 1, steps)
     assert load(folder)["images"] == then + steps * changed.get("BATCH_SIZE", 4)
 

@@ -13,27 +13,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, TINY, flags, run
+from conftest import ROOT, SCRIPT, TINY, everything, flags, one_line, refused, run
 
 import dcgan
 
 SETTINGS = dcgan.SETTINGS
-
-
-def refused(capsys, *arguments, status=2):
-    """The one line on stderr, and nothing on stdout, with which `main` ends."""
-    capsys.readouterr()
-    assert dcgan.main(list(arguments)) == status
-    out, error = capsys.readouterr()
-    assert (
-        error.startswith("dcgan.py: error: ") and error.count("\n") == 1 and error.endswith("\n")
-    ), error
-    assert out == ""
-    return error
-
-
-def everything(folder="."):
-    return {path: path.lstat().st_mtime_ns for path in dcgan.Path(folder).rglob("*")}
 
 
 def numbers(text):
@@ -362,9 +346,7 @@ def test_only_a_full_memory_is_called_one(tiny, monkeypatch, capsys, error, told
             tiny.main([])
         return
     assert tiny.main([]) == 1
-    line = capsys.readouterr().err
-    assert line.startswith("dcgan.py: error: out of memory") and line.count("\n") == 1
-    assert "BATCH_SIZE" in line
+    one_line(capsys.readouterr().err, "error: out of memory", "BATCH_SIZE")
 
 
 # ------------------------------------------------------------------------------------------- import

@@ -16,19 +16,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT, draw_faces, flags, run, start
+from conftest import ROOT, draw_faces, flags, own_mounts, refused, run, start
 from PIL import Image, ImageDraw, ImageOps
 
 SIZE = 32  # pixels a side, as conftest's tiny settings say
-
-
-def refused(dcgan, capsys, *arguments, status=2):
-    """The one line on stderr with which the command line ends."""
-    capsys.readouterr()
-    assert dcgan.main(list(map(str, arguments))) == status
-    error = capsys.readouterr().err
-    assert error.startswith("dcgan.py: error: ") and error.count("\n") == 1, error
-    return error
 
 
 def names(dcgan, folder):
@@ -59,14 +50,6 @@ def photo(width, height):
         large = small.resize((width, height), Image.Resampling.BICUBIC)
         total += np.asarray(large) * 2.0**level
     return Image.fromarray((total / 510).clip(0, 255).astype(np.uint8))
-
-
-def own_mounts(script):
-    """The beginning of a command that runs after `script`, whose mounts nobody else sees."""
-    prefix = ["unshare", "-m", "sh", "-ec"]
-    if not shutil.which("unshare") or subprocess.run([*prefix, ""], capture_output=True).returncode:
-        pytest.skip("only root of a Linux may mount")
-    return [*prefix, f'{script}\nexec "$@"', "sh"]
 
 
 @pytest.fixture
@@ -151,7 +134,7 @@ def test_a_folder_that_cannot_be_trained_on_ends_in_one_line(
     tiny, folder, capsys, all_faces, make, arguments, says
 ):
     make(folder)
-    assert re.search(says, refused(tiny, capsys, *arguments.split()))
+    assert re.search(says, refused(capsys, *arguments.split()))
     assert len(os.listdir(all_faces)) == 40  # nothing was written among the images
 
 
@@ -314,7 +297,7 @@ def test_more_than_one_damaged_image_in_ten_stops_the_run(tiny, folder, capsys):
     assert len(tiny.load_faces(SIZE)[0]) == 18
     before = caches(tiny)
     truncate(folder / "000011.jpg")
-    assert "one in ten" in refused(tiny, capsys)
+    assert "one in ten" in refused(capsys)
     assert caches(tiny) == before and len(before) == 1
 
 
@@ -399,7 +382,7 @@ def test_only_a_whole_cache_takes_the_place_of_the_old_ones_of_its_folder_alone(
     [old] = set(caches(tiny)) - set(kept)
     truncate(folder / "000003.jpg")
     truncate(folder / "000004.jpg")
-    assert "one in ten" in refused(tiny, capsys)
+    assert "one in ten" in refused(capsys)
     assert caches(tiny) == sorted([*kept, old])
 
     draw_faces(folder, 11)

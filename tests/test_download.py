@@ -3,9 +3,7 @@
 import copy
 import io
 import os
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,41 +13,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPT, flags
-from kaggle_server import serving
+from conftest import ROOT, SCRIPT, flags, own_mounts
+from kaggle_server import NAME, archive_of, serving
 
 import dcgan
 
-NAME = "img_align_celeba/img_align_celeba/{}"
-TABLES = (
-    "list_attr_celeba.csv",
-    "list_bbox_celeba.csv",
-    "list_eval_partition.csv",
-    "list_landmarks_align_celeba.csv",
-)
 SECRETS = ("good-token", "good-key", "c29tZW9uZTpnb29kLWtleQ", "stale-token", "stale-key")
-TABLE_BYTES = 3_200_000  # the client writes whole MiB only
 QUICK = flags(EPOCHS=1)
-
-
-def archive_of(faces, more=()):
-    """Kaggle's archive as bytes: faces, four tables, and the (name or ZipInfo, data) of `more`."""
-    memory = io.BytesIO()
-    with zipfile.ZipFile(memory, "w") as archive:
-        for index, path in enumerate(sorted(faces.glob("*.jpg")), 1):
-            archive.write(path, NAME.format(f"{index:06d}.jpg"))
-        for table in TABLES:
-            archive.writestr(
-                table, random.Random(0).randbytes(TABLE_BYTES if table == TABLES[0] else 100)
-            )
-        for member, data in more:
-            archive.writestr(member, data)
-    return memory.getvalue()
-
-
-@pytest.fixture(scope="session")
-def archive(all_faces):
-    return archive_of(all_faces)
 
 
 @pytest.fixture
@@ -518,21 +488,15 @@ for dcgan.CELEBA_BYTES in map(int, sys.argv[1].split(",")):
 
 def on_a_small_disk(server, workplace, megabytes, sizes):
     """stderr of runs with `data` on a disk of its own, with CELEBA_BYTES at each of these sizes."""
-    if (
-        not shutil.which("unshare")
-        or subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode
-    ):
-        pytest.skip("only root of a Linux may mount a small disk")
     (workplace / "data").mkdir()
     (workplace / "launch.py").write_text(SMALL_DISK)
-    mount = f'mount -t tmpfs -o size={megabytes}m none data && exec "$@"'
     run = process(
         server,
         workplace,
         sizes,
         *QUICK,
         script=workplace / "launch.py",
-        before=["unshare", "-m", "sh", "-c", mount, "sh"],
+        before=own_mounts(f"mount -t tmpfs -o size={megabytes}m none data"),
     )
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0 and "Traceback" not in out + err, out + err

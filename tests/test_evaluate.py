@@ -13,9 +13,10 @@ import urllib.request
 from collections import defaultdict
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
-from conftest import dcgan
+from conftest import dcgan, one_line
 from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 from torch_fidelity.defaults import DEFAULTS
 
@@ -90,12 +91,7 @@ def rows():
 
 
 def refused(capsys, *arguments, status=2):
-    """The one line of an evaluation that fails."""
-    arguments = ["evaluate", "--data-dir", "faces", *map(str, arguments)]
-    assert dcgan.main(arguments) == status
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("dcgan.py: error: ") and len(line) < 500
-    return line
+    return conftest.refused(capsys, "evaluate", "--data-dir", "faces", *arguments, status=status)
 
 
 # ---------------------------------------------------------------------------------------- distances
@@ -211,8 +207,7 @@ def test_a_place_for_features_that_cannot_be_written_is_named_before_hours_of_wo
     Path("data/cache").mkdir(parents=True)
     Path("data/cache/inception").touch()
     assert dcgan.main(command(weights)) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("dcgan.py: error: ") and "data/cache/inception" in line
+    one_line(capsys.readouterr().err, "data/cache/inception")
     assert not handed_out
 
 

@@ -1,12 +1,11 @@
 """The number for the faces, the best generator that is kept by it, and a run that gets worse."""
 
-import csv
 import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dcgan, draw_faces, flags
+from conftest import dcgan, draw_faces, flags, table
 from torchvision.transforms.functional import gaussian_blur
 
 
@@ -19,8 +18,7 @@ def faces():
 
 
 def quality(folder="output"):
-    with open(f"{folder}/quality.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return table(f"{folder}/quality.csv")
 
 
 def best_file(folder="output"):

@@ -1,6 +1,5 @@
 """Training as a user sees it: what it says and writes, that it learns, and how it ends."""
 
-import csv
 import fcntl
 import os
 import pty
@@ -8,10 +7,9 @@ import re
 import struct
 import termios
 
-import numpy as np
 import pytest
 import torch
-from conftest import dcgan, draw_faces, flags, run, start
+from conftest import dcgan, draw_faces, flags, one_line, pixels, run, start, table
 from PIL import Image
 
 LINE = r"loss_d \d+\.\d+, loss_g \d+\.\d+, D\(x\) [01]\.\d+, D\(G\(z\)\) [01]\.\d+, [\d,]+ images/s"
@@ -42,18 +40,11 @@ def files(folder):
     return {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
 
 
-def rows_of(folder):
-    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def picture(folder, epoch):
     """The 64 faces of an epoch's grid, (64, 3, 32, 32), in [0, 1]."""
-    pixels = torch.from_numpy(
-        np.array(Image.open(folder / f"samples/epoch_{epoch:03d}.png").convert("RGB"))
-    )
-    tiles = pixels[2:, 2:].unfold(0, 32, 34).unfold(1, 32, 34)
-    return tiles.flatten(0, 1).float() / 255
+    grid = pixels(folder / f"samples/epoch_{epoch:03d}.png")[:, 2:, 2:]
+    tiles = grid.unfold(1, 32, 34).unfold(2, 32, 34)
+    return tiles.permute(1, 2, 0, 3, 4).flatten(0, 1).float() / 255
 
 
 # --------------------------------------------------------------------------------- what a user sees
@@ -73,7 +64,7 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
     written = files(workplace / "output")
     assert written.keys() == ALWAYS | {"samples/epoch_002.png"}
     assert not [name for name in files(workplace) if name.endswith((".part", ".new"))]
-    rows = rows_of(workplace / "output")
+    rows = table(workplace / "output/metrics.csv")
     assert (
         list(rows[0]) == "epoch step images loss_d loss_g d_real d_fake images_per_second".split()
     )
@@ -134,10 +125,8 @@ def test_a_finished_run_changes_nothing_and_goes_on_when_epochs_rises(tiny, work
     said = capsys.readouterr().out
     assert "EPOCHS 2 -> 3" in said and "epoch 3, step 1" in said and "epoch 3/3" in said
     assert (workplace / "output/samples/epoch_003.png").exists()
-    assert [(row["epoch"], row["step"]) for row in rows_of(workplace / "output")][-2:] == [
-        ("3", "4"),
-        ("3", "5"),
-    ]
+    last = table(workplace / "output/metrics.csv")[-2:]
+    assert [(row["epoch"], row["step"]) for row in last] == [("3", "4"), ("3", "5")]
     for epoch in (1, 2):
         name = f"samples/epoch_{epoch:03d}.png"
         assert (workplace / "output" / name).read_bytes() == before[name][1]
@@ -147,7 +136,7 @@ def test_a_finished_run_changes_nothing_and_goes_on_when_epochs_rises(tiny, work
 def test_half_precision_trains_and_draws_on_the_cpu(tiny, workplace, capsys, precision):
     assert tiny.main(["--precision", precision]) == 0
     assert precision in capsys.readouterr().out
-    assert len(rows_of(workplace / "output")) == 6
+    assert len(table(workplace / "output/metrics.csv")) == 6
     state = torch.load(workplace / "output/checkpoint.pt", weights_only=True)
     assert {tensor.dtype for tensor in state["generator"].values()} == {torch.float32, torch.int64}
     assert not torch.equal(picture(workplace / "output", 0), picture(workplace / "output", 2))
@@ -190,11 +179,7 @@ def test_a_diverging_run_stops_says_why_and_keeps_the_last_good_checkpoint(tiny,
     before = {path: path.read_bytes() for path in (workplace / "output").glob("*.pt")}
     capsys.readouterr()
     assert tiny.main(flags(**changed, LEARNING_RATE=1, PRECISION="float16")) == 1
-    error = capsys.readouterr().err
-    assert (
-        error.startswith("dcgan.py: error: a loss is not finite in epoch 2, steps ")
-        and error.count("\n") == 1
-    )
+    error = one_line(capsys.readouterr().err, "error: a loss is not finite in epoch 2, steps ")
     assert "LEARNING_RATE" in error and "float32" in error and "run again" in error
     assert {path: path.read_bytes() for path in (workplace / "output").glob("*.pt")} == before
     assert "nan" not in (workplace / "output/metrics.csv").read_text()
