@@ -982,6 +982,10 @@ def grid(images, columns=8):
     return to_pil_image(make_grid(images.float().cpu().clamp(0, 1), columns))
 
 
+def save_picture(picture, path):
+    write_file(path, lambda file: picture.save(file, "PNG"))
+
+
 def save_gif(pictures, path, duration):
     """A film that begins anew at its end, of PIL pictures that are each shown for `duration` ms."""
     options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "duration": duration}
@@ -1054,21 +1058,30 @@ def figure_file(name, width, height):
     write_file(Path(OUTPUT_DIR) / name, lambda file: figure.savefig(file, format="png"))
 
 
-def draw_pictures(run, reals, fakes):
-    """losses.png, real_vs_fake.png and training.gif of the run so far.
+def draw_pictures(run, fakes, now=False):
+    """losses.png, real_vs_fake.png and training.gif, if they are two minutes old, or `now`.
 
-    `reals` and `fakes`: 64 images each, (64, 3, H, W) in [0, 1].
+    `now` is at the end of a run, where a notebook shows the losses. `fakes`: the samples of the run
+    so far, (64, 3, H, W) in [0, 1].
     """
+    old = perf_counter() - run.drawn_at > 120
+    if RANK > 0 or not run.rows or not (old or now):
+        return
+    run.drawn_at = perf_counter()
     draw_losses(run.steps, run.rows, run.quality)
+    epochs = run.progress.epoch + run.progress.step / run.steps
     with figure_file("real_vs_fake.png", 11, 6) as figure:
         left, right = figure.subplots(1, 2)
         left.set_title("real")
-        left.imshow(grid(reals))
-        right.set_title(f"generated, after {run.progress.epoch} epochs")
+        left.imshow(grid(run.reals))
+        right.set_title(f"generated, after {epochs:.3g} epochs")
         right.imshow(grid(fakes))
         for axes in (left, right):
             axes.axis("off")
     draw_film(run.progress.epoch)
+    if now:
+        with Image.open(Path(OUTPUT_DIR) / "losses.png") as picture:
+            show(picture)
 
 
 def draw_losses(steps, rows, quality):
@@ -1216,8 +1229,10 @@ class Quality(NamedTuple):
 class Run:
     """A training run: its Trainer, its Progress, the rows of metrics.csv, and when it reported."""
 
-    def __init__(self, trainer, data_key, steps):
+    def __init__(self, trainer, faces, data_key, steps):
         self.trainer = trainer
+        self.faces = faces
+        self.reals = some_reals(faces)
         self.data_key = data_key
         self.steps = steps  # an epoch
         self.progress = Progress()
@@ -1227,6 +1242,7 @@ class Run:
         self.timed = (perf_counter(), 0)  # a moment, and how many images had been seen then
         self.drawn_at = -math.inf
         self.reports = 0
+        self.shown = None  # where a notebook shows the samples
         stream = torch.Generator().manual_seed(seed_for("samples"))
         noise = torch.randn(64, LATENT_SIZE, 1, 1, generator=stream)
         self.fixed_noise = noise.to(trainer.device)  # the samples are drawn from it, always
@@ -1291,10 +1307,10 @@ def train():
         if WORLD_SIZE > 1:
             state, key = join_processes(state, key, len(faces), device)
         batches = Batches(faces, device)
-        run = Run(Trainer(device, pick_dtype(device)), key, batches.steps)
+        run = Run(Trainer(device, pick_dtype(device)), faces, key, batches.steps)
         announce(run.trainer, batches)
         begin(run, state)
-        train_epochs(run, batches, faces)
+        train_epochs(run, batches)
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
     say(
@@ -1330,13 +1346,19 @@ def begin(run, state):
 
 
 def sample(run):
-    """Images (64, 3, H, W) in [0, 1] of the run's fixed noise, saved if an epoch is whole."""
+    """Images (64, 3, H, W) in [0, 1] of the run's fixed noise, saved and, in a notebook, shown.
+
+    latest.png is always the newest grid; each whole epoch has one of its own as well.
+    """
     trainer, progress = run.trainer, run.progress
-    average = trainer.settled_average()
-    fakes = images_from(average, run.fixed_noise, trainer.dtype)
-    if RANK == 0 and progress.step == 0:
-        path = Path(OUTPUT_DIR) / f"samples/epoch_{progress.epoch:03d}.png"
-        write_file(path, lambda file: grid(fakes).save(file, "PNG"))
+    fakes = images_from(trainer.settled_average(), run.fixed_noise, trainer.dtype)
+    if RANK == 0:
+        picture = grid(fakes)
+        folder = Path(OUTPUT_DIR) / "samples"
+        save_picture(picture, folder / "latest.png")
+        if progress.step == 0:
+            save_picture(picture, folder / f"epoch_{progress.epoch:03d}.png")
+        run.shown = show(picture, run.shown)
     return fakes
 
 
@@ -1347,7 +1369,7 @@ def some_reals(faces):
     return faces.index_select(0, chosen).float() / 255
 
 
-def train_epochs(run, batches, faces):
+def train_epochs(run, batches):
     """Train to the last epoch, or to a signal: then save, and raise KeyboardInterrupt."""
     progress = run.progress
     with kept_signals() as signals:
@@ -1356,7 +1378,7 @@ def train_epochs(run, batches, faces):
             if whole:
                 progress.epoch += 1
                 progress.step = 0
-            end_epoch(run, faces, whole)
+            end_epoch(run, whole)
             if not whole:
                 at = f"step {progress.step} of epoch {progress.epoch + 1}"
                 say(f"saved after {at}; the same command goes on from there")
@@ -1387,6 +1409,7 @@ def train_epoch(run, batches, signals):
                 return False
             if perf_counter() - run.saved_at > 60 * CHECKPOINT_MINUTES:
                 run.save()
+                draw_pictures(run, sample(run))
     return True
 
 
@@ -1402,23 +1425,20 @@ def report(run, row, bar):
         steps_left = (EPOCHS - run.progress.epoch) * bar.total - row.step
         minutes = math.ceil(steps_left * BATCH_SIZE / row.images_per_second / 60)
         duration = f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-        say(f"the run will take about {duration}")
+        say(f"the run will take about {duration}; see {OUTPUT_DIR}/samples/latest.png meanwhile")
 
 
-def end_epoch(run, faces, whole):
+def end_epoch(run, whole):
     """After an epoch, or the part of it that a signal has left: samples, checkpoint, pictures."""
     epoch = run.progress.epoch
     fakes = sample(run)
-    new_best = measure(run, faces) if whole else None
+    new_best = measure(run) if whole else None
     if new_best:  # before the checkpoint: a run that is killed in between does this again
         save_generator(checkpoint_state(run), new_best)
     last = epoch == EPOCHS or not whole
     if last or perf_counter() - run.saved_at > min(60, 60 * CHECKPOINT_MINUTES):
         run.save()  # on a fast GPU, saving every epoch would take a twentieth of the time
-    reals = some_reals(faces)
-    if RANK == 0 and run.rows and (last or perf_counter() - run.drawn_at > 120):
-        draw_pictures(run, reals, fakes)
-        run.drawn_at = perf_counter()
+    draw_pictures(run, fakes, now=last)
     if not whole:
         return
     measured = run.quality and run.quality[-1].epoch == epoch
@@ -1431,7 +1451,7 @@ def end_epoch(run, faces, whole):
         say(f"after epoch {epoch}, {line}")
     if run.trainer.images > 10_000:  # before that, nothing is amiss yet
         rows = [row for row in run.rows if row.epoch == epoch]
-        share = diversity(fakes) / (diversity(reals) or 1)
+        share = diversity(fakes) / (diversity(run.reals) or 1)
         for line in advice(rows, share):
             say(f"after epoch {epoch}, {line}")
 
@@ -1440,12 +1460,12 @@ MEASURE_EVERY = 25_000  # images at least, since it takes as long as to train on
 TIE = 0.03  # nearer distances count as the same: twice what other noise changes
 
 
-def measure(run, faces):
+def measure(run):
     """Append a row to quality.csv, and return it if its generator is the best so far.
 
     Short epochs are not all measured; the first and the last one are.
     """
-    trainer, epoch = run.trainer, run.progress.epoch
+    trainer, faces, epoch = run.trainer, run.faces, run.progress.epoch
     measured = run.quality[-1].images if run.quality else -math.inf
     if RANK > 0 or (epoch < EPOCHS and trainer.images - measured < MEASURE_EVERY):
         return None
@@ -1549,11 +1569,11 @@ class TrainedGenerator:
         latents = latents[:, :, None, None].to(self.device)
         return images_from(self.generator, latents, self.dtype).cpu()
 
-    def images(self, number, seed):
-        """Yield `number` new images (3, H, W) in [0, 1], on the CPU."""
+    def images(self, number, seed, truncation=1.0):
+        """Yield `number` new images (3, H, W) in [0, 1], on the CPU, of `truncation` × noise."""
         with progress_bar(total=number, desc="generating", unit=" images") as bar:
             for first, latents in enumerate(self.latents(number, seed)):
-                images = self.draw(latents)[: number - first * GENERATION_BATCH]
+                images = self.draw(truncation * latents)[: number - first * GENERATION_BATCH]
                 yield from images
                 bar.update(len(images))
 
@@ -1569,40 +1589,42 @@ def find_checkpoint():
     )
 
 
-def generate_images(num_images=16, seed=None, checkpoint=None, output=None):
+def generate_images(num_images=16, seed=None, checkpoint=None, output=None, truncation=1.0):
     """New faces as a float tensor (num_images, 3, H, W) in [0, 1]; saved as a grid.
 
     In a notebook the grid is shown, too. The same seed gives the same images on a device, and more
     images begin with the same ones; a seed of None is drawn and printed. `checkpoint` is a
     checkpoint.pt or generator.pt, by default OUTPUT_DIR's. The grid, of the first 1,024, goes to
-    `output`, by default OUTPUT_DIR/generated.png. Raises UserError for a wrong number or file.
+    `output`, by default OUTPUT_DIR/generated.png. A `truncation` under 1 scales the noise down: the
+    faces are surer, and more alike. Raises UserError for a wrong number or file.
     """
     number = checked("num_images", num_images)
-    images = torch.stack(list(TrainedGenerator(checkpoint).images(number, seed)))
+    truncation = checked("truncation", truncation)
+    images = torch.stack(list(TrainedGenerator(checkpoint).images(number, seed, truncation)))
     shown = images[:GRID_LIMIT]
     picture = grid(shown, math.ceil(math.sqrt(len(shown))))
     path = Path(output or Path(OUTPUT_DIR) / "generated.png")
-    write_file(path, lambda file: picture.save(file, "PNG"))
+    save_picture(picture, path)
     say(f"saved {path}")
-    if in_notebook():
-        from IPython.display import display
-
-        display(picture)
+    show(picture)
     return images
 
 
-def generate(num_images=16, seed=None, checkpoint=None, output=None, individual=False):
+def generate(
+    num_images=16, seed=None, checkpoint=None, output=None, truncation=1.0, individual=False
+):
     """Draw new faces, into a grid or, with --individual, a file each."""
     number = checked("num_images", num_images)
+    truncation = checked("truncation", truncation)
     if not individual and number > GRID_LIMIT:
         raise UserError(
             f"num_images (--num-images) is {number}, and a grid holds {GRID_LIMIT:,}; "
             "add --individual for a file each"
         )
     if not individual:
-        generate_images(number, seed, checkpoint, output)
+        generate_images(number, seed, checkpoint, output, truncation)
         return
-    images = TrainedGenerator(checkpoint).images(number, seed)
+    images = TrainedGenerator(checkpoint).images(number, seed, truncation)
     folder = Path(output or Path(OUTPUT_DIR) / "generated")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -1839,7 +1861,7 @@ class DamagedDownload(Exception):
 
 
 def download_celeba():
-    """Download KAGGLE_DATASET into DATA_DIR, unless images are there, and return that folder.
+    """Download KAGGLE_DATASET into DATA_DIR, unless images are there.
 
     With the user's Kaggle credentials if they are good, else without. Raises SystemFailure if
     Kaggle, network or disk fail.
@@ -1848,7 +1870,6 @@ def download_celeba():
     downloads = folder.with_name(folder.name + ".download")
     fill(folder, lambda part: fetch_celeba(downloads, part))
     shutil.rmtree(downloads, ignore_errors=True)
-    return folder
 
 
 def fill(folder, put):
@@ -2198,6 +2219,17 @@ def in_notebook():
     return "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
 
 
+def show(picture, place=None):
+    """In a notebook, show a PIL picture: in `place`, or in a new place, which is returned."""
+    if in_notebook():
+        from IPython.display import display
+
+        if place is None:
+            return display(picture, display_id=True)
+        place.update(picture)
+    return place
+
+
 def progress_bar(*args, **options):
     """A tqdm bar, in a notebook a notebook's; none where nobody would see it."""
     with warnings.catch_warnings(action="ignore"):  # of missing ipywidgets
@@ -2229,7 +2261,7 @@ class Number(NamedTuple):
     kind: type
     low: float
     high: float
-    help: str
+    help: str = ""
     optional: bool = False
 
     def parse(self, value):
@@ -2327,12 +2359,13 @@ SETTING_GROUPS: dict[str, dict] = {
 }
 SETTINGS = {name: setting for group in SETTING_GROUPS.values() for name, setting in group.items()}
 ARGUMENTS = {
-    "num_images": Number(int, 1, 10**9, "how many"),
-    "num_faces": Number(int, 2, 1_000, "how many"),
-    "frames": Number(int, 1, 1_000, "pictures from one face to the next"),
-    "seed": Number(int, 0, 2**63 - 1, "the same seed draws the same faces"),
+    "num_images": Number(int, 1, 10**9),
+    "num_faces": Number(int, 2, 1_000),
+    "frames": Number(int, 1, 1_000),
+    "seed": Number(int, 0, 2**63 - 1),
+    "truncation": Number(float, 0, 1),
 }
-COUNT = Number(int, 0, 10**15, "of epochs, steps or images")
+COUNT = Number(int, 0, 10**15)  # of epochs, steps or images
 
 
 def setting_values():
@@ -2415,6 +2448,7 @@ def command_line():
 
     draw = add_command(commands, generate)
     add_argument(draw, generate, "num_images", "how many faces")
+    add_argument(draw, generate, "truncation", "of the noise; under 1: surer faces, more alike")
     add_argument(draw, generate, "output", "where to save the grid or the files")
     add_argument(draw, generate, "individual", "a PNG for each image", action="store_true")
 

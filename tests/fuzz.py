@@ -184,7 +184,7 @@ class Fuzz:
         os.chdir(folder)
         draw_faces(Path("faces"), 40)
         vars(dcgan).update(TINY | {"DATA_DIR": "faces", "BATCH_SIZE": 20})
-        vars(dcgan).update(CELEBA_DIR="no-download", draw_pictures=lambda *_: None)
+        vars(dcgan).update(CELEBA_DIR="no-download", draw_pictures=lambda *_, **__: None)
         self.defaults = dcgan.setting_values()
         assert self.call(["--epochs", "2"])[0] == 0
         faces, self.key = dcgan.load_faces(SIZE)

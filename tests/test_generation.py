@@ -106,6 +106,21 @@ def test_a_checkpoint_and_an_output_may_be_given(drawer, trained, tmp_path):
     assert torch.equal(drawer.generate_images(2, 3, output="elsewhere.png"), images)
 
 
+def test_noise_scaled_down_gives_faces_that_are_more_alike(drawer):
+    def spread(truncation):
+        return drawer.generate_images(20, seed=3, truncation=truncation).std(0).mean()
+
+    full, half, none = spread(1), spread(0.5), spread(0)
+    assert none < 1e-6 < half < 0.8 * full
+    images = drawer.generate_images(2, seed=3, truncation=0.5)
+    assert not torch.equal(images, drawer.generate_images(2, seed=3))
+    assert drawer.main(["generate", "--num-images", "2", "--seed", "3", "--truncation", "0.5"]) == 0
+    assert close(pixels("output/generated.png")[:, 2 : 2 + SIZE, 2 : 2 + SIZE], images[0])
+    command = ["generate", "--num-images=2", "--seed=3", "--truncation=0.5", "--individual"]
+    assert drawer.main(command) == 0
+    assert close(pixels("output/generated/000001.png"), images[1])
+
+
 def test_the_generator_of_an_earlier_version_still_draws(drawer):
     images = drawer.generate_images(2, seed=3)
     state = torch.load("output/generator.pt", weights_only=True)
@@ -168,6 +183,7 @@ def test_from_python_all_images_come_and_a_grid_of_the_first_ones(drawer, monkey
         (("generate", "--num-images", "2.5"), r"2\.5"),
         (("generate", "--num-images", "1025"), "--individual"),
         (("generate", "--seed", "-1"), "seed"),
+        (("generate", "--truncation", "1.5"), "truncation.* from 0 to 1"),
         (("generate", "--seed", str(2**64)), "seed"),
         (("generate", "--checkpoint", "no.pt"), r"no\.pt"),
         (("generate", "--checkpoint", "no.pt", "--individual"), r"no\.pt"),
@@ -195,7 +211,7 @@ def test_from_python_a_wrong_number_is_a_value_error(drawer):
         with pytest.raises(ValueError, match="num_faces|frames"):
             drawer.interpolate(*arguments)
     names = list(inspect.signature(drawer.generate_images).parameters)
-    assert names == ["num_images", "seed", "checkpoint", "output"]
+    assert names == ["num_images", "seed", "checkpoint", "output", "truncation"]
 
 
 MEMORY = """

@@ -2,13 +2,19 @@
 
 import asyncio
 import base64
+import contextlib
+import io
+import re
 import threading
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import ROOT, TINY
+from kaggle_server import serving
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from PIL import Image
 
 SETUP = f"""
 import os, sys
@@ -41,11 +47,18 @@ def workplace(all_faces, tmp_path_factory):
     return folder
 
 
+@contextlib.contextmanager
+def opened(folder, **options):
+    """A Notebook in `folder`; `options` are for its kernel."""
+    client = NotebookClient(nbformat.v4.new_notebook(), timeout=120, kernel_name="python3")
+    with client.setup_kernel(**options):
+        yield Notebook(folder, client)
+
+
 @pytest.fixture(scope="module")
 def notebook(workplace):
-    client = NotebookClient(nbformat.v4.new_notebook(), timeout=120, kernel_name="python3")
-    with client.setup_kernel():
-        yield Notebook(workplace, client)
+    with opened(workplace) as notebook:
+        yield notebook
 
 
 def text(outputs, name=None):
@@ -54,9 +67,20 @@ def text(outputs, name=None):
     return "".join(output.text for output in streams if name in (None, output.name))
 
 
+def shown(outputs):
+    """The pictures that a cell shows, as arrays (height, width, 3)."""
+    displayed = [output for output in outputs if output.output_type == "display_data"]
+    files = [io.BytesIO(base64.b64decode(output.data["image/png"])) for output in displayed]
+    return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+
+
 def test_training_and_new_faces_show_in_a_notebook_without_noise(notebook, workplace):
     outputs = notebook.add("dcgan.EPOCHS = 2\ndcgan.train()")
     assert "finished" in text(outputs)
+    newest, losses = shown(outputs)  # each epoch's faces take the place of the ones before
+    for picture, name in ((newest, "samples/epoch_002.png"), (losses, "losses.png")):
+        written = Image.open(workplace / "output" / name).convert("RGB")
+        assert np.array_equal(picture, np.asarray(written)), name
     assert "Warning" not in text(outputs) and "widget" not in str(outputs).lower(), text(outputs)
     lines = text(outputs, "stderr").count("\n")
     assert lines <= 3, "more than a line of decoding and one an epoch"
@@ -64,8 +88,8 @@ def test_training_and_new_faces_show_in_a_notebook_without_noise(notebook, workp
 
     code = "images = dcgan.generate_images(num_images=16)\n(*images.shape, images.dtype)"
     outputs = notebook.add(code)
-    (shown,) = (output for output in outputs if output.output_type == "display_data")
-    assert base64.b64decode(shown.data["image/png"]).startswith(b"\x89PNG")
+    (grid,) = shown(outputs)
+    assert grid.shape == (4 * 34 + 2, 4 * 34 + 2, 3)
     (result,) = (output for output in outputs if output.output_type == "execute_result")
     assert result.data["text/plain"] == "(16, 3, 32, 32, torch.float32)"
     assert "seed" in text(outputs) and "output/generated.png" in text(outputs)
@@ -96,3 +120,58 @@ def test_interrupting_the_kernel_keeps_the_work_and_train_goes_on(notebook, work
     assert epoch >= 2
     outputs = notebook.add(f"dcgan.EPOCHS = {epoch + 1}\ndcgan.train()")
     assert f"epoch {epoch + 1}, step {step + 1}" in text(outputs) and "finished" in text(outputs)
+
+
+# ------------------------------------------------------------------------- the cells in the README
+
+
+def cells(title, folder):
+    """The cells below `title` in the README, with folders of theirs in `folder`."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.partition(f"**{title}**")[2].partition("\n**")[0]
+    found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert found
+    return [
+        cell.replace('"/content/', f'"{folder}/').replace('"/kaggle/', f'"{folder}/')
+        for cell in found
+    ]
+
+
+DRIVE = """
+from pathlib import Path
+def mount(place):
+    Path(place, "MyDrive").mkdir(parents=True, exist_ok=True)
+"""
+
+
+def test_the_cells_for_colab_train_and_go_on_in_the_next_session(archive, tmp_path):
+    modules = tmp_path / "home/modules"  # where the server's environment has Python look first
+    (modules / "google/colab").mkdir(parents=True)
+    (modules / "google/colab/drive.py").write_text(DRIVE)
+    drive = tmp_path / "drive/MyDrive/dcgan"
+    for session, epochs in (("one", 1), ("two", 2)):
+        disk = tmp_path / session  # a session's own, which begins empty
+        disk.mkdir()
+        with (
+            serving(archive) as server,
+            opened(disk, env=server.environment(tmp_path / "home")) as notebook,
+        ):
+            notebook.add(f"dcgan.DATA_DIR = dcgan.CELEBA_DIR\ndcgan.EPOCHS = {epochs}")
+            install, mount, train, draw = map(notebook.add, cells("Colab", tmp_path))
+        assert "error" not in text(install + mount).lower()
+        assert f"{40} images" in text(train) and f"{epochs} epochs" in text(train)
+        assert ("going on from" in text(train)) == (session == "two")
+        assert len(shown(train)) == 2 and len(shown(draw)) == 1
+        assert (drive / f"samples/epoch_{epochs:03d}.png").exists() and not (
+            disk / "output"
+        ).exists()
+
+
+def test_the_cells_for_kaggle_train_on_the_data_set_that_was_added(all_faces, tmp_path):
+    added = tmp_path / "input/celeba-dataset/img_align_celeba/img_align_celeba"
+    added.parent.mkdir(parents=True)
+    added.symlink_to(all_faces)
+    with opened(tmp_path) as notebook:
+        (outputs,) = map(notebook.add, cells("Kaggle notebook", tmp_path))
+    assert "40 images" in text(outputs) and len(shown(outputs)) == 3
+    assert (tmp_path / "output/generated.png").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import film, flags, pixels, run, table
+from conftest import film, flags, pixels, run, start, table, until
 from PIL import Image
 from torchvision.utils import make_grid
 
@@ -35,7 +35,7 @@ def test_a_run_leaves_all_its_pictures_even_with_a_backend_that_is_not_there(
     )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     grids = [f"epoch_00{epoch}.png" for epoch in range(3)]
-    assert sorted(os.listdir("output/samples")) == grids
+    assert sorted(os.listdir("output/samples")) == [*grids, "latest.png"]
     for epoch in range(3):
         assert pixels(f"output/samples/epoch_00{epoch}.png").shape == (3, 8 * 34 + 2, 8 * 34 + 2)
     for name in ("losses.png", "real_vs_fake.png"):
@@ -76,6 +76,7 @@ def test_the_pictures_of_a_resumed_run_are_those_of_one_that_was_not_stopped(tin
         "real_vs_fake.png",
         "samples/epoch_000.png",
         "samples/epoch_003.png",
+        "samples/latest.png",
     ):
         assert torch.equal(pixels(f"output/{name}"), pixels(f"whole/{name}")), name
     (resumed, times), (whole, other) = film(FILM), film("whole/training.gif")
@@ -99,6 +100,20 @@ def test_samples_are_drawn_by_the_averaged_generator_from_noise_that_stays(tiny)
         tiny.to_pil_image(make_grid(images, 8)).save("again.png")
         again, epoch = pixels("again.png").int(), pixels("output/samples/epoch_002.png").int()
         assert ((again - epoch).abs().max() <= 1) == drawn
+
+
+def test_a_long_epoch_shows_something_new_whenever_it_is_saved(workplace):
+    arguments = flags(DATA_DIR="faces", BATCH_SIZE=2, LOG_EVERY=1, CHECKPOINT_MINUTES=0, EPOCHS=1)
+    output = workplace / "output"
+    with start(*arguments, cwd=workplace) as process:
+        until((output / "training.gif").exists)  # the last of the pictures
+        process.kill()
+        said = process.communicate()[0]
+    assert sorted(os.listdir(output / "samples")) == ["epoch_000.png", "latest.png"]
+    first, newest = (pixels(output / f"samples/{name}.png") for name in ("epoch_000", "latest"))
+    assert not torch.equal(first, newest)
+    assert (output / "losses.png").exists() and (output / "real_vs_fake.png").exists()
+    assert said.count("latest.png") == 1
 
 
 def test_a_fresh_run_in_a_used_folder_films_itself_alone(tiny):

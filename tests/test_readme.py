@@ -1,10 +1,18 @@
 """The README's commands, settings, files and pictures are the program's."""
 
+import os
 import re
 import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, dcgan, flags, run
+from conftest import ROOT, dcgan, draw_faces, flags, run
+from kaggle_server import serving
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(
@@ -54,3 +62,118 @@ def test_what_it_writes_is_what_a_run_leaves_in_its_folders(workplace):
     files = [path.relative_to(output) for path in output.rglob("*") if path.is_file()]
     written = {str(path) for path in files if not path.name.startswith(".")}
     assert written == named | {"samples/epoch_002.png"}
+
+
+# ------------------------------------------------------------------------- its commands, in a shell
+
+# What each of them leaves behind, in the order of the README.
+LEAVES = {
+    "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt &&": "output/generator.pt",
+    "--demo": "output-demo/training.gif",
+    "generate --num-images 16": "output/generated.png",
+    "generate --num-images 50000 --individual": "output/generated/000049.png",
+    "interpolate": "output/interpolation.gif",
+    "generate --output-dir output-demo": "output-demo/generated.png",
+    "--truncation": "output/generated.png",
+    "--data-dir ~/photos": "output-photos/samples/epoch_001.png",
+    "nohup": "train.log",
+    "torchrun --nproc-per-node 2 dcgan.py": "output/generator.pt",
+    "--nnodes 2": "output/generator.pt",
+    "evaluate": None,
+}
+TEST_COMMAND = "-m pytest"  # the one that runs this test
+SHORT = shlex.join(flags(EPOCHS=1, MAX_IMAGES=40))
+
+
+def shell_lines():
+    """The lines of the README that are for the shell of a Unix."""
+    lines = re.findall(r"^    (.*\.venv/bin/.*)$", README, re.MULTILINE)
+    return [line for line in lines if TEST_COMMAND not in line]
+
+
+def shortened(line):
+    """The same command, with flags that make a training short."""
+    if re.search("generate|interpolate|evaluate", line):
+        return line.replace("50000", "50")
+    return re.sub(r"(dcgan\.py[^>&#]*)", rf"\1 {SHORT} ", line)
+
+
+class Newcomer:
+    """Somebody with a folder in which there is nothing but two files of the project."""
+
+    def __init__(self, folder, server):
+        self.folder = folder
+        for name in ("dcgan.py", "requirements.txt"):
+            shutil.copy(ROOT / name, folder)
+        draw_faces(server.home / "photos", 40)
+        # pip finds that all packages are there already, so it has nothing to download.
+        path = [server.environment(server.home)["PYTHONPATH"], sysconfig.get_path("purelib")]
+        python = os.path.dirname(os.path.realpath(sys.executable))
+        self.environment = server.environment(
+            server.home,
+            OMP_NUM_THREADS="1",
+            PATH=python + os.pathsep + os.environ["PATH"],
+            PYTHONPATH=os.pathsep.join(path),
+        )
+
+    def types(self, line):
+        """Start a shell with this line, which waits for what it has put into the background."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        command = ["sh", "-c", f"{line}\nstatus=$?; wait; exit $status"]
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, **pipes)
+
+
+def said(process, status=0):
+    with process:
+        try:
+            output = process.communicate(timeout=300)[0]
+        finally:
+            process.kill()
+    assert process.returncode == status, output
+    return output
+
+
+@pytest.fixture
+def newcomer(archive, tmp_path):
+    with serving(archive) as server:
+        server.home = tmp_path / "home"
+        (tmp_path / "work").mkdir()
+        yield Newcomer(tmp_path / "work", server)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a Unix shell")
+def test_each_command_does_in_a_shell_what_is_said_of_it(newcomer):
+    lines = shell_lines()
+    assert len(lines) == len(LEAVES)
+    for line, (words, left) in zip(lines, LEAVES.items()):
+        assert words in line
+        folder = newcomer.folder
+        if "nohup" in line or "torchrun" in line:
+            shutil.rmtree(folder / "output", ignore_errors=True)
+        if "torchrun" in line:  # pip did not install it, since it was there
+            shutil.copy(Path(sysconfig.get_path("scripts"), "torchrun"), folder / ".venv/bin")
+        command = shortened(line)
+        if "--nnodes" in line:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                command = command.replace("29500", str(free.getsockname()[1]))
+            command = command.replace("FIRST_MACHINE", "127.0.0.1")
+            second = command.replace("--node-rank 0", "--node-rank 1")
+            second = newcomer.types(second.replace("dcgan.py", "dcgan.py --output-dir second", 1))
+            assert "finished" in said(newcomer.types(command))
+            said(second)
+        elif "evaluate" in line:
+            # Inception's weights would come from the network, which is not there.
+            assert "--inception-weights" in said(newcomer.types(command), status=1)
+        else:
+            said(newcomer.types(command))
+        assert left is None or (folder / left).exists(), line
+    assert "finished" in (folder / "train.log").read_text()
+
+
+def test_the_lines_for_python_train_and_draw(tiny):
+    [block] = re.findall(r"```python\n(import dcgan\n\ndcgan\.EPOCHS.*?)```", README, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["faces"].shape == (16, 3, 32, 32)
+    assert Path("output/samples/epoch_002.png").exists() and Path("output/generated.png").exists()

@@ -24,6 +24,7 @@ ALWAYS = {
     "training.gif",
     "samples/epoch_000.png",
     "samples/epoch_001.png",
+    "samples/latest.png",
 }
 
 
