@@ -327,10 +327,6 @@ class Descent:
         self.optimizer = torch.optim.AdamW(network.parameters(), rate, **options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    @property
-    def rate(self):
-        return self.optimizer.param_groups[0]["lr"]
-
     def step(self, loss):
         """One step down the gradient of `loss`."""
         self.optimizer.zero_grad(set_to_none=True)

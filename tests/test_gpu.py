@@ -67,7 +67,7 @@ def test_a_learning_rate_that_changes_reaches_the_graph(tiny, card):
     for number in range(6):
         trainer.advance(*batch(card, number))
     for descent in (trainer.generator_descent, trainer.discriminator_descent):
-        descent.rate.zero_()
+        descent.optimizer.param_groups[0]["lr"].zero_()
     before = [parameter.clone() for parameter in trainer.generator.parameters()]
     trainer.advance(*batch(card, 7))
     assert all(torch.equal(*pair) for pair in zip(before, trainer.generator.parameters()))

@@ -227,7 +227,7 @@ def test_a_step_touches_nothing_else(tiny, dtype):
 def test_a_learning_rate_that_is_changed_counts_from_the_next_step(tiny):
     made = trainer(tiny)
     made.advance(*batch())
-    made.generator_descent.rate.zero_()
+    made.generator_descent.optimizer.param_groups[0]["lr"].zero_()
     before = frozen(made.generator)
     made.advance(*batch(seed=1))
     names = [name for name, _ in made.generator.named_parameters()]
