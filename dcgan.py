@@ -72,9 +72,7 @@ WORKERS: int | None = None  # processes that decode the images, once; None: one 
 
 # Networks
 LATENT_SIZE = 100  # length of the noise that a face is made from, as in the paper
-G_FEATURES = (
-    64  # channels of the generator's layer next to the image; inner ones have up to 8 times
-)
+G_FEATURES = 64  # channels of the generator's layer next to the image; inner ones have more
 D_FEATURES = 64  # the discriminator's; fewer make it weaker
 
 # Training
@@ -138,10 +136,8 @@ class Discriminator(nn.Module):
     def __init__(self, image_size=64, features=64):
         super().__init__()
         widths = layer_widths(features, image_size)
-        layers = [
-            nn.Conv2d(3, widths[0], 4, 2, 1),
-            nn.LeakyReLU(0.2, inplace=True),
-        ]  # (N, 64, 32, 32)
+        layers = [nn.Conv2d(3, widths[0], 4, 2, 1)]  # (N, 64, 32, 32)
+        layers += [nn.LeakyReLU(0.2, inplace=True)]
         for outer, inner in zip(widths, widths[1:]):
             # in turn (N, 128, 16, 16), (N, 256, 8, 8), (N, 512, 4, 4)
             layers += [nn.Conv2d(outer, inner, 4, 2, 1, bias=False)]
@@ -1812,6 +1808,7 @@ def append_evaluation(columns):
 # ------------------------------------------------------------- where images come from: Kaggle, demo
 
 CELEBA_BYTES = 2_900_000_000  # the archive, 1.33 GiB, and the images unpacked beside it
+FILL_TIME = 10**9  # when the images seem to have changed, in seconds: the same in each download
 KAGGLE_SECONDS = 60  # a download that brings no byte for so long has hung
 # Kaggle's command line, in a process that ends when its parent does: its stdin closes then.
 # It wants to be called by its name, or it takes itself for a library and asks for a login.
@@ -1880,7 +1877,11 @@ def fill(folder, put):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             put(part)
-            say(f"{len(os.listdir(part)):,} images in {folder}")
+            paths = list(part.iterdir())
+            with suppress(OSError):  # some disks keep no times
+                for path in paths:  # one time for all: a run can go on with a new download
+                    os.utime(path, (FILL_TIME, FILL_TIME))
+            say(f"{len(paths):,} images in {folder}")
             part.rename(folder / "images")
 
     lock = folder.with_name(folder.name + ".lock")

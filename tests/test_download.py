@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,20 @@ def test_a_killed_or_stopped_download_goes_on_where_it_was(server, workplace):
 
     ended(process(server, workplace, *QUICK))
     assert images(workplace) == FACES and ranges(server)[1:] == ["bytes=3145728-"]
+
+
+def test_a_half_done_epoch_goes_on_with_images_that_are_downloaded_anew(server, workplace):
+    metrics = workplace / "output/metrics.csv"
+    with process(server, workplace, *flags(EPOCHS=10**6, LOG_EVERY=1)) as run:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 12, run)
+        run.send_signal(signal.SIGTERM)
+        out, err = ended(run, status=128 + signal.SIGTERM)
+    step, epoch = re.search(r"saved after step (\d+) of epoch (\d+)", out).groups()
+    shutil.rmtree(workplace / "data")  # as the disk of a session on Colab
+
+    out, err = ended(process(server, workplace, *flags(EPOCHS=epoch, LOG_EVERY=1)))
+    assert len(server.downloads()) == 2
+    assert f"epoch {epoch}, step {int(step) + 1}\n" in out and "order" not in out
 
 
 def test_a_killed_unpacking_is_never_taken_for_the_data_set(server, workplace):
