@@ -44,7 +44,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from time import perf_counter, sleep
+from time import perf_counter, sleep, time
 from typing import NamedTuple
 
 import numpy as np
@@ -1066,7 +1066,7 @@ def draw_pictures(run, fakes, now=False):
         left, right = figure.subplots(1, 2)
         left.set_title("real")
         left.imshow(grid(run.reals))
-        right.set_title(f"generated, after {epochs:.3g} epochs")
+        right.set_title(f"generated, after {round(epochs, 2):g} epochs")
         right.imshow(grid(fakes))
         for axes in (left, right):
             axes.axis("off")
@@ -1160,7 +1160,8 @@ def advice(rows, diversity_share):
     if diversity_share < 0.3:
         yield (
             f"the samples look alike (mode collapse): their diversity is {diversity_share:.2f} of "
-            "the real images'; lower LEARNING_RATE, raise BATCH_SIZE or try another SEED"
+            "the real images'; lower LEARNING_RATE, raise BATCH_SIZE, or start afresh with another "
+            "SEED and OUTPUT_DIR"
         )
 
 
@@ -1347,7 +1348,8 @@ def sample(run):
     if RANK == 0:
         picture = grid(fakes)
         folder = Path(OUTPUT_DIR) / "samples"
-        save_picture(picture, folder / "latest.png")
+        with suppress(SystemFailure):  # on Windows a viewer can hold it
+            save_picture(picture, folder / "latest.png")
         if progress.step == 0:
             save_picture(picture, folder / f"epoch_{progress.epoch:03d}.png")
         run.shown = show(picture, run.shown)
@@ -1401,7 +1403,8 @@ def train_epoch(run, batches, signals):
                 return False
             if perf_counter() - run.saved_at > 60 * CHECKPOINT_MINUTES:
                 run.save()
-                draw_pictures(run, sample(run))
+                if RANK == 0:
+                    draw_pictures(run, sample(run))
     return True
 
 
@@ -1423,14 +1426,16 @@ def report(run, row, bar):
 def end_epoch(run, whole):
     """After an epoch, or the part of it that a signal has left: samples, checkpoint, pictures."""
     epoch = run.progress.epoch
+    if not whole:  # first of all, whatever comes between
+        run.save()
     fakes = sample(run)
     new_best = measure(run) if whole else None
     if new_best:  # before the checkpoint: a run that is killed in between does this again
         save_generator(checkpoint_state(run), new_best)
-    last = epoch == EPOCHS or not whole
+    last = epoch == EPOCHS
     if last or perf_counter() - run.saved_at > min(60, 60 * CHECKPOINT_MINUTES):
         run.save()  # on a fast GPU, saving every epoch would take a twentieth of the time
-    draw_pictures(run, fakes, now=last)
+    draw_pictures(run, fakes, now=last or not whole)
     if not whole:
         return
     measured = run.quality and run.quality[-1].epoch == epoch
@@ -1880,7 +1885,7 @@ def fill(folder, put):
             paths = list(part.iterdir())
             with suppress(OSError):  # some disks keep no times
                 for path in paths:  # one time for all: a run can go on with a new download
-                    os.utime(path, (FILL_TIME, FILL_TIME))
+                    os.utime(path, (time(), FILL_TIME))
             say(f"{len(paths):,} images in {folder}")
             part.rename(folder / "images")
 
