@@ -132,7 +132,7 @@ def cells(title, folder):
     found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert found
     return [
-        cell.replace('"/content/', f'"{folder}/').replace('"/kaggle/', f'"{folder}/')
+        re.sub('"/(content|kaggle|tmp)/', lambda _: f'"{folder.as_posix()}/', cell)
         for cell in found
     ]
 
@@ -168,10 +168,11 @@ def test_the_cells_for_colab_train_and_go_on_in_the_next_session(archive, tmp_pa
 
 
 def test_the_cells_for_kaggle_train_on_the_data_set_that_was_added(all_faces, tmp_path):
-    added = tmp_path / "input/celeba-dataset/img_align_celeba/img_align_celeba"
+    added = tmp_path / "input/datasets/celeba-dataset/img_align_celeba/img_align_celeba"
     added.parent.mkdir(parents=True)
     added.symlink_to(all_faces)
     with opened(tmp_path) as notebook:
         (outputs,) = map(notebook.add, cells("Kaggle notebook", tmp_path))
     assert "40 images" in text(outputs) and len(shown(outputs)) == 3
     assert (tmp_path / "output/generated.png").exists()
+    assert list((tmp_path / "cache").glob("*.npy")) and not (tmp_path / "data").exists()

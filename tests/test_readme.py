@@ -1,9 +1,11 @@
 """The README's commands, settings, files and pictures are the program's."""
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -66,16 +68,16 @@ def test_what_it_writes_is_what_a_run_leaves_in_its_folders(workplace):
 
 # ------------------------------------------------------------------------- its commands, in a shell
 
-# What each of them leaves behind, in the order of the README.
+# What each of them leaves behind, in the order of the README. A picture is removed before that.
 LEAVES = {
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt &&": "output/generator.pt",
     "--demo": "output-demo/training.gif",
+    "--data-dir ~/photos": "output-photos/samples/epoch_001.png",
     "generate --num-images 16": "output/generated.png",
     "generate --num-images 50000 --individual": "output/generated/000049.png",
     "interpolate": "output/interpolation.gif",
     "generate --output-dir output-demo": "output-demo/generated.png",
     "--truncation": "output/generated.png",
-    "--data-dir ~/photos": "output-photos/samples/epoch_001.png",
     "nohup": "train.log",
     "torchrun --nproc-per-node 2 dcgan.py": "output/generator.pt",
     "--nnodes 2": "output/generator.pt",
@@ -108,11 +110,13 @@ class Newcomer:
         draw_faces(server.home / "photos", 40)
         # pip finds that all packages are there already, so it has nothing to download.
         path = [server.environment(server.home)["PYTHONPATH"], sysconfig.get_path("purelib")]
-        python = os.path.dirname(os.path.realpath(sys.executable))
+        (server.home / "bin").mkdir()
+        (server.home / "bin/python3").symlink_to(os.path.realpath(sys.executable))
         self.environment = server.environment(
             server.home,
             OMP_NUM_THREADS="1",
-            PATH=python + os.pathsep + os.environ["PATH"],
+            TORCH_HOME=str(server.home),  # where Inception's weights could be
+            PATH=f"{server.home}/bin{os.pathsep}{os.environ['PATH']}",
             PYTHONPATH=os.pathsep.join(path),
         )
 
@@ -120,7 +124,8 @@ class Newcomer:
         """Start a shell with this line, which waits for what it has put into the background."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         command = ["sh", "-c", f"{line}\nstatus=$?; wait; exit $status"]
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment, **pipes)
+        options = {"cwd": self.folder, "env": self.environment, "start_new_session": True}
+        return subprocess.Popen(command, **pipes, **options)
 
 
 def said(process, status=0):
@@ -128,7 +133,8 @@ def said(process, status=0):
         try:
             output = process.communicate(timeout=300)[0]
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == status, output
     return output
 
@@ -152,6 +158,8 @@ def test_each_command_does_in_a_shell_what_is_said_of_it(newcomer):
             shutil.rmtree(folder / "output", ignore_errors=True)
         if "torchrun" in line:  # pip did not install it, since it was there
             shutil.copy(Path(sysconfig.get_path("scripts"), "torchrun"), folder / ".venv/bin")
+        if left and left.endswith((".png", ".gif")):
+            (folder / left).unlink(missing_ok=True)
         command = shortened(line)
         if "--nnodes" in line:
             with socket.socket() as free:
@@ -160,8 +168,10 @@ def test_each_command_does_in_a_shell_what_is_said_of_it(newcomer):
             command = command.replace("FIRST_MACHINE", "127.0.0.1")
             second = command.replace("--node-rank 0", "--node-rank 1")
             second = newcomer.types(second.replace("dcgan.py", "dcgan.py --output-dir second", 1))
-            assert "finished" in said(newcomer.types(command))
-            said(second)
+            try:
+                assert "finished" in said(newcomer.types(command))
+            finally:
+                said(second)
         elif "evaluate" in line:
             # Inception's weights would come from the network, which is not there.
             assert "--inception-weights" in said(newcomer.types(command), status=1)
