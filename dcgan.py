@@ -1369,14 +1369,14 @@ def train_epochs(run, batches):
     with kept_signals() as signals:
         while progress.epoch < EPOCHS:
             whole = train_epoch(run, batches, signals)
-            if whole:
-                progress.epoch += 1
-                progress.step = 0
-            end_epoch(run, whole)
             if not whole:
+                save_and_show(run, now=True)
                 at = f"step {progress.step} of epoch {progress.epoch + 1}"
                 say(f"saved after {at}; the same command goes on from there")
                 raise KeyboardInterrupt(*signals)
+            progress.epoch += 1
+            progress.step = 0
+            end_epoch(run)
 
 
 def train_epoch(run, batches, signals):
@@ -1402,10 +1402,15 @@ def train_epoch(run, batches, signals):
             if should_stop(signals, run.trainer.device, row_due):
                 return False
             if perf_counter() - run.saved_at > 60 * CHECKPOINT_MINUTES:
-                run.save()
-                if RANK == 0:
-                    draw_pictures(run, sample(run))
+                save_and_show(run)
     return True
+
+
+def save_and_show(run, now=False):
+    """Within an epoch: save, first of all; then draw the samples and, as they are due, pictures."""
+    run.save()
+    if RANK == 0:
+        draw_pictures(run, sample(run), now)
 
 
 def report(run, row, bar):
@@ -1423,21 +1428,17 @@ def report(run, row, bar):
         say(f"the run will take about {duration}; see {OUTPUT_DIR}/samples/latest.png meanwhile")
 
 
-def end_epoch(run, whole):
-    """After an epoch, or the part of it that a signal has left: samples, checkpoint, pictures."""
+def end_epoch(run):
+    """After an epoch: samples, the number for the faces, checkpoint, pictures, and advice."""
     epoch = run.progress.epoch
-    if not whole:  # first of all, whatever comes between
-        run.save()
     fakes = sample(run)
-    new_best = measure(run) if whole else None
+    new_best = measure(run)
     if new_best:  # before the checkpoint: a run that is killed in between does this again
         save_generator(checkpoint_state(run), new_best)
     last = epoch == EPOCHS
     if last or perf_counter() - run.saved_at > min(60, 60 * CHECKPOINT_MINUTES):
         run.save()  # on a fast GPU, saving every epoch would take a twentieth of the time
-    draw_pictures(run, fakes, now=last or not whole)
-    if not whole:
-        return
+    draw_pictures(run, fakes, now=last)
     measured = run.quality and run.quality[-1].epoch == epoch
     news = [] if sys.stderr.isatty() else [run.rows[-1].summary()]
     if measured:

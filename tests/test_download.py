@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPT, flags, own_mounts
+from conftest import ROOT, SCRIPT, flags, own_mounts, table
 from kaggle_server import NAME, archive_of, serving
 
 import dcgan
@@ -301,7 +301,7 @@ def test_a_killed_or_stopped_download_goes_on_where_it_was(server, workplace):
 def test_a_half_done_epoch_goes_on_with_images_that_are_downloaded_anew(server, workplace):
     metrics = workplace / "output/metrics.csv"
     with process(server, workplace, *flags(EPOCHS=10**6, LOG_EVERY=1)) as run:
-        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 12, run)
+        wait_for(lambda: len(table(metrics)) > 11, run)
         run.send_signal(signal.SIGTERM)
         out, err = ended(run, status=128 + signal.SIGTERM)
     step, epoch = re.search(r"saved after step (\d+) of epoch (\d+)", out).groups()

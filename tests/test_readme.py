@@ -68,7 +68,7 @@ def test_what_it_writes_is_what_a_run_leaves_in_its_folders(workplace):
 
 # ------------------------------------------------------------------------- its commands, in a shell
 
-# What each of them leaves behind, in the order of the README. A picture is removed before that.
+# What each of them leaves behind, in the order of the README. It is removed before that.
 LEAVES = {
     "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt &&": "output/generator.pt",
     "--demo": "output-demo/training.gif",
@@ -158,7 +158,7 @@ def test_each_command_does_in_a_shell_what_is_said_of_it(newcomer):
             shutil.rmtree(folder / "output", ignore_errors=True)
         if "torchrun" in line:  # pip did not install it, since it was there
             shutil.copy(Path(sysconfig.get_path("scripts"), "torchrun"), folder / ".venv/bin")
-        if left and left.endswith((".png", ".gif")):
+        if left:
             (folder / left).unlink(missing_ok=True)
         command = shortened(line)
         if "--nnodes" in line:
