@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 # Data
 IMAGE_SIZE = 64  # pixels a side: 32, 64, 128 or 256; each doubling takes four times as long
-BATCH_SIZE = 64  # images a step, over all processes; small ones keep the networks in balance
+BATCH_SIZE = 64  # images a step, over all processes; with 32, each teaches more but takes longer
 MAX_IMAGES: int | None = None  # train on the first N images; None: on all
 WORKERS: int | None = None  # processes that decode the images, once; None: one a core
 
