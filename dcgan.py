@@ -83,6 +83,7 @@ BETA1 = 0.0  # AdamW's momentum; the paper's 0.5 learns more slowly; with 0.9 D 
 BETA2 = 0.999  # AdamW's memory of squared gradients; PyTorch's default
 WEIGHT_DECAY = 0.01  # AdamW's; PyTorch's default
 REAL_LABEL = 1.0  # target for real images; 0.9 keeps the discriminator from being too sure
+R1_GAMMA = 0.0128  # weight of a penalty that keeps the discriminator from winning; 0: none
 AVERAGE_SHARE = 0.1  # half-life of the generator's average, as a share of the images seen
 SEED = 0  # decides the first weights, the noise and the order of the images
 
@@ -187,6 +188,8 @@ def build_generator(state):
 
 # ----------------------------------------------------------------------------------- training step
 
+R1_INTERVAL = 32  # steps from one penalty to the next, which counts so many times: it is slow
+
 
 def bce(logits, target):
     """Binary cross-entropy on logits, in float32.
@@ -223,7 +226,7 @@ class Trainer:
         self.settled = -1  # `images` when the average's statistics were last worked out
         self.totals = torch.zeros(4, device=device)  # of loss_d, loss_g, D(x), D(G(z))
 
-    def step(self, faces, flips, latents):
+    def step(self, faces, flips, latents, with_penalty=False):
         """One step of the discriminator, then one of the generator, on the same fakes.
 
         `faces`: uint8 (N, 3, H, W); `flips`, which of them to mirror: bool (N, 1, 1, 1); `latents`,
@@ -243,7 +246,10 @@ class Trainer:
             real_logits = self.joint_discriminator(reals)
             fake_logits = self.joint_discriminator(fakes.detach())
         loss_d = bce(real_logits, REAL_LABEL) + bce(fake_logits, 0.0)
-        self.discriminator_descent.step(loss_d)
+        penalty = 0.0
+        if with_penalty:
+            penalty = R1_INTERVAL * R1_GAMMA / 2 * self.gradient_penalty(reals)
+        self.discriminator_descent.step(loss_d + penalty)
 
         # Generator: minimise -log D(G(z)), judged by the stepped discriminator. Its own gradients
         # are not needed here, so it is called without its DDP wrapper.
@@ -258,12 +264,29 @@ class Trainer:
         d_fake = fake_logits.float().sigmoid().mean()
         self.totals += torch.stack([loss_d, loss_g, d_real, d_fake]).detach()
 
+    def gradient_penalty(self, reals):
+        """R1: the squared length of the gradient of D(x)'s logit by the image, on average.
+
+        A discriminator that is flat around real images cannot be too sure of them (Mescheder,
+        Geiger, Nowozin 2018, https://arxiv.org/abs/1801.04406). BatchNorm uses its running
+        statistics here: then each logit has to do with its own image only, and PyTorch's
+        SyncBatchNorm has a second derivative.
+        """
+        reals = reals.detach().requires_grad_()
+        self.discriminator.eval()
+        with autocast(self.device, self.dtype):
+            logits = self.discriminator(reals)
+        self.discriminator.train()
+        (gradients,) = torch.autograd.grad(logits.float().sum(), reals, create_graph=True)
+        return gradients.square().sum((1, 2, 3)).mean()
+
     def advance(self, *batch):
         """`step` on a batch, by way of the CUDA graph if there is one; then move the average."""
+        with_penalty = R1_GAMMA > 0 and self.images // BATCH_SIZE % R1_INTERVAL == 0
         if self.graph is None:
-            self.step(*batch)
+            self.step(*batch, with_penalty)
         else:
-            self.graph.step(*batch)
+            self.graph.step(batch, with_penalty)
         self.images += BATCH_SIZE
         self.update_average()
 
@@ -418,47 +441,50 @@ def autocast(device, dtype):
 class StepGraph:
     """A Trainer's step on CUDA: its 300 small kernels are launched at once, as one graph.
 
-    The first steps run as they are, on a side stream, as a capture wants it. With several processes
-    there is no graph: it would have to hold what they send each other, too.
+    Steps with and without the gradient penalty have a graph each. The first of a kind run as they
+    are, on a side stream, as a capture wants it. With several processes there is no graph: it would
+    have to hold what they send each other, too.
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.stream = torch.cuda.Stream()
-        self.eager_steps = 3.0  # warm-up steps left; inf: no graph is possible here
-        self.graph = None
+        self.memory = torch.cuda.graph_pool_handle()  # the graphs share it: one runs at a time
+        self.eager_steps = {True: 3.0, False: 3.0}  # warm-up steps left; inf: no graph is possible
+        self.graphs = {}
         self.inputs = []
 
-    def step(self, *batch):
-        if self.graph is None and self.eager_steps == 0:
-            self.capture(batch)
-        if self.graph is None:
-            self.eager_steps -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.trainer.step(*batch)
-            torch.cuda.current_stream().wait_stream(self.stream)
-        else:
+    def step(self, batch, with_penalty):
+        if self.eager_steps[with_penalty] == 0 and with_penalty not in self.graphs:
+            self.capture(batch, with_penalty)
+        if with_penalty in self.graphs:
             for static, new in zip(self.inputs, batch):
                 static.copy_(new)
-            self.graph.replay()
+            self.graphs[with_penalty].replay()
+        else:
+            self.eager_steps[with_penalty] -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.trainer.step(*batch, with_penalty)
+            torch.cuda.current_stream().wait_stream(self.stream)
 
-    def capture(self, batch):
+    def capture(self, batch, with_penalty):
         """Record the step on inputs of its own. If that fails, steps run as they are for ever."""
-        self.inputs = [tensor.clone() for tensor in batch]
+        self.inputs = self.inputs or [tensor.clone() for tensor in batch]
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.current_stream()
         self.prepare_optimizers(capturable=True)
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self.trainer.step(*self.inputs)
-            self.graph = graph
+            with torch.cuda.graph(graph, self.memory, self.stream):
+                self.trainer.step(*self.inputs, with_penalty)
+            self.graphs[with_penalty] = graph
         except RuntimeError as error:
             say(f"no CUDA graph here ({one_line(error)}): steps are launched kernel by kernel")
             torch.cuda.set_stream(stream)
             self.prepare_optimizers(capturable=False)
-            self.trainer.discriminator.requires_grad_(True)
-            self.eager_steps = math.inf
+            self.trainer.discriminator.train().requires_grad_(True)
+            self.graphs.clear()
+            self.eager_steps = {True: math.inf, False: math.inf}
             # Before PyTorch 2.13 the allocator stays in capture mode (issue 180395), which the
             # trials of cuDNN's benchmark would not survive.
             torch.backends.cudnn.benchmark = False
@@ -2332,6 +2358,7 @@ SETTING_GROUPS: dict[str, dict] = {
         "BETA2": Number(float, 0, 0.99999, "AdamW's memory of squared gradients"),
         "WEIGHT_DECAY": Number(float, 0, 1, "AdamW's weight decay"),
         "REAL_LABEL": Number(float, 0.5, 1, "target for real images; 0.9 holds D back"),
+        "R1_GAMMA": Number(float, 0, 1_000, "weight of D's gradient penalty, which holds it back"),
         "AVERAGE_SHARE": Number(float, 0, 1, "the average's half-life, of the images seen"),
         "SEED": Number(int, 0, 2**63 - 1, "decides weights, noise and the order of images"),
     },

@@ -160,6 +160,7 @@ def test_every_flag_sets_its_constant_for_the_run_and_main_puts_it_back(workplac
         "BETA2": 0.99,
         "WEIGHT_DECAY": 0.02,
         "REAL_LABEL": 0.9,
+        "R1_GAMMA": 0.02,
         "AVERAGE_SHARE": 0.1,
         "SEED": 7,
         "LOG_EVERY": 3,

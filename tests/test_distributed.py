@@ -52,13 +52,15 @@ def gradients(trainer_class, *where):
     dcgan.LEARNING_RATE = rate
     for network in (trainer.joint_generator, trainer.joint_discriminator):
         network.eval()
+    trainer.discriminator.train = lambda mode=True: trainer.discriminator  # and stay as they are
     size, number = dcgan.IMAGE_SIZE, dcgan.BATCH_SIZE
     stream = torch.Generator().manual_seed(1)
     faces = torch.randint(256, (number, 3, size, size), generator=stream).byte()
     flips = torch.rand(number, 1, 1, 1, generator=stream) < 0.5
     latents = torch.randn(number, dcgan.LATENT_SIZE, 1, 1, generator=stream)
     share = number // dcgan.WORLD_SIZE
-    trainer.step(*(part.split(share)[dcgan.RANK] for part in (faces, flips, latents)))
+    parts = [part.split(share)[dcgan.RANK] for part in (faces, flips, latents)]
+    trainer.step(*parts, with_penalty=True)
     networks = (trainer.generator, trainer.discriminator)
     return [weight.grad for network in networks for weight in network.parameters()]
 

@@ -39,17 +39,18 @@ def counters(network):
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_steps_by_the_graph_are_the_steps_without_it(tiny, card, dtype):
+def test_steps_by_the_graphs_are_the_steps_without_them(tiny, card, monkeypatch, dtype):
+    monkeypatch.setattr(tiny, "R1_INTERVAL", 2)  # each second step is with the penalty
     graphed, eager = (tiny.Trainer(card, dtype) for _ in range(2))
     eager.graph = None
-    for number in range(8):
+    for number in range(12):
         graphed.advance(*batch(card, number))
         eager.advance(*batch(card, number))
-    assert graphed.graph.graph is not None, "there is no graph"
+    assert graphed.graph.graphs.keys() == {True, False}
     loose = 1e-3 if dtype == torch.float32 else 0.1
-    assert graphed.fetch(8) == pytest.approx(eager.fetch(8), rel=loose, abs=loose)
-    assert set(counters(graphed.generator)) == {8}  # one forward a step
-    assert set(counters(graphed.discriminator)) == {24}  # reals, fakes, and fakes again
+    assert graphed.fetch(12) == pytest.approx(eager.fetch(12), rel=loose, abs=loose)
+    assert set(counters(graphed.generator)) == {12}  # one forward a step
+    assert set(counters(graphed.discriminator)) == {36}  # reals, fakes, and fakes again
 
 
 @needs_cuda
@@ -74,26 +75,29 @@ def test_a_learning_rate_that_changes_reaches_the_graph(tiny, card):
 
 
 @needs_cuda
-def test_a_capture_that_fails_leaves_a_run_that_goes_on(tiny, card, monkeypatch, capsys):
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_capture_that_fails_leaves_a_run_that_goes_on(tiny, card, monkeypatch, capsys, failing):
+    monkeypatch.setattr(tiny, "R1_INTERVAL", 2)
     trainer = tiny.Trainer(card, torch.float16)
     step = trainer.step
 
     def step_that_waits(*inputs):
         step(*inputs)
-        if torch.cuda.is_current_stream_capturing():
+        if inputs[-1] == failing and torch.cuda.is_current_stream_capturing():
             trainer.totals.sum().item()  # which no capture survives
 
     monkeypatch.setattr(trainer, "step", step_that_waits)
     stream = torch.cuda.current_stream()
-    for number in range(8):
+    for number in range(12):
         trainer.advance(*batch(card, number))
-    assert trainer.graph.graph is None and torch.cuda.current_stream() == stream
+    assert not trainer.graph.graphs and torch.cuda.current_stream() == stream
     [line] = [line for line in capsys.readouterr().out.splitlines() if "no CUDA graph" in line]
-    assert all(mean == mean for mean in trainer.fetch(8))
+    assert all(mean == mean for mean in trainer.fetch(12))
 
 
 @needs_cuda
-def test_two_hundred_steps_take_no_more_memory_than_twenty(tiny, card):
+def test_two_hundred_steps_take_no_more_memory_than_twenty(tiny, card, monkeypatch):
+    monkeypatch.setattr(tiny, "R1_INTERVAL", 4)  # both graphs are there after 13 steps
     trainer = tiny.Trainer(card, torch.bfloat16)
     for number in range(20):
         trainer.advance(*batch(card, number))

@@ -171,6 +171,45 @@ def test_a_step_descends_the_papers_losses_with_non_saturating_generator(tiny):
             torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
+def test_the_penalty_is_the_squared_gradient_of_each_logit_by_its_own_image(tiny):
+    made = trainer(tiny, LEARNING_RATE=0, R1_GAMMA=3.0)
+    discriminator = copy.deepcopy(made.discriminator)
+    faces, flips, latents = batch()
+    fakes = copy.deepcopy(made.generator)(latents).detach()
+    made.step(faces, flips, latents, with_penalty=True)
+
+    reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
+    loss = F.softplus(-discriminator(reals)).mean() + F.softplus(discriminator(fakes)).mean()
+    torch.testing.assert_close(made.totals[0], loss.detach())  # the penalty is not shown
+    discriminator.eval()
+    for image in reals.split(1):
+        image.requires_grad_()
+        (slope,) = torch.autograd.grad(discriminator(image), image, create_graph=True)
+        loss = loss + tiny.R1_INTERVAL * 3.0 / 2 * slope.square().sum() / len(reals)
+    wanted = torch.autograd.grad(loss, list(discriminator.parameters()))
+    for parameter, gradient in zip(made.discriminator.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma, penalties", [(0.1, 2), (0, 0)])
+def test_the_penalty_comes_in_every_so_many_steps_also_after_resuming(
+    tiny, monkeypatch, gamma, penalties
+):
+    made = trainer(tiny, R1_GAMMA=gamma)
+    monkeypatch.setattr(tiny, "R1_INTERVAL", 4)
+    made.images = 7 * tiny.BATCH_SIZE  # as a checkpoint may have left it
+    steps, penalty = [], made.gradient_penalty
+
+    def noted(reals):
+        steps.append(made.images // tiny.BATCH_SIZE)
+        return penalty(reals)
+
+    monkeypatch.setattr(made, "gradient_penalty", noted)
+    for number in range(7):
+        made.advance(*batch(seed=number))
+    assert steps == [8, 12][:penalties]
+
+
 # --------------------------------------------------------------------------------------------- step
 
 
@@ -199,7 +238,8 @@ def test_the_step_of_one_network_leaves_the_other_alone(tiny, moving):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_touches_nothing_else(tiny, dtype):
+@pytest.mark.parametrize("with_penalty", [False, True])
+def test_a_step_touches_nothing_else(tiny, dtype, with_penalty):
     made = trainer(tiny, dtype)
     inputs, average, state, images = (
         batch(),
@@ -208,7 +248,7 @@ def test_a_step_touches_nothing_else(tiny, dtype):
         made.images,
     )
     kept = [tensor.clone() for tensor in inputs]
-    made.step(*inputs)
+    made.step(*inputs, with_penalty)
     assert all(torch.equal(*pair) for pair in zip(inputs, kept)) and equal(average, made.average)
     assert torch.equal(state, torch.get_rng_state()) and made.images == images
     assert made.generator.training and made.discriminator.training and not made.average.training
