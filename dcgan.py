@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 # Data
 IMAGE_SIZE = 64  # pixels a side: 32, 64, 128 or 256; each doubling takes four times as long
-BATCH_SIZE = 64  # images a step, over all processes; with 32, each teaches more but takes longer
+BATCH_SIZE = 32  # images a step, over all processes; with 64, a run is shorter but learns less
 MAX_IMAGES: int | None = None  # train on the first N images; None: on all
 WORKERS: int | None = None  # processes that decode the images, once; None: one a core
 
@@ -188,7 +188,7 @@ def build_generator(state):
 
 # ----------------------------------------------------------------------------------- training step
 
-R1_INTERVAL = 32  # steps from one penalty to the next, which counts so many times: it is slow
+R1_INTERVAL = 32  # one step in 32 has the R1 penalty, times 32, since it is slow
 
 
 def bce(logits, target):
@@ -265,12 +265,12 @@ class Trainer:
         self.totals += torch.stack([loss_d, loss_g, d_real, d_fake]).detach()
 
     def gradient_penalty(self, reals):
-        """R1: the squared length of the gradient of D(x)'s logit by the image, on average.
+        """R1: how steep the discriminator's logit is around a real image, squared, on average.
 
-        A discriminator that is flat around real images cannot be too sure of them (Mescheder,
-        Geiger, Nowozin 2018, https://arxiv.org/abs/1801.04406). BatchNorm uses its running
-        statistics here: then each logit has to do with its own image only, and PyTorch's
-        SyncBatchNorm has a second derivative.
+        Where it is flat, the discriminator cannot be too sure (Mescheder, Geiger, Nowozin 2018,
+        https://arxiv.org/abs/1801.04406). BatchNorm uses its running statistics here, so that each
+        logit depends on its own image alone; PyTorch's SyncBatchNorm would have no second
+        derivative, either.
         """
         reals = reals.detach().requires_grad_()
         self.discriminator.eval()
@@ -1180,8 +1180,8 @@ def advice(rows, diversity_share):
     if d_real > 0.97 and d_fake < 0.03:
         yield (
             f"the discriminator has won: D(x) is {d_real:.3f} and D(G(z)) {d_fake:.3f} on average, "
-            "so the generator learns little; lower D_LEARNING_RATE, set REAL_LABEL to 0.9, and "
-            "keep BETA1 at 0"
+            "so the generator learns little; lower D_LEARNING_RATE, raise R1_GAMMA to 0.1 or 1, "
+            "and keep BETA1 at 0"
         )
     if diversity_share < 0.3:
         yield (

@@ -223,7 +223,7 @@ def test_a_discriminator_that_has_won_is_named_with_numbers_and_what_to_change()
     assert (
         "discriminator has won" in line and "0.995" in line and "0.004" in line and "\n" not in line
     )
-    assert {"D_LEARNING_RATE", "REAL_LABEL"} <= set(constants(line))
+    assert {"D_LEARNING_RATE", "R1_GAMMA"} <= set(constants(line))
 
 
 def test_mode_collapse_is_named_with_its_number_and_what_to_change():

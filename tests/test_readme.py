@@ -32,7 +32,7 @@ def test_a_command_is_understood(arguments):
 
 def test_flags_and_constants_that_are_named_exist():
     known = dcgan.command_line().known
-    named = set(re.findall(r"`(--[a-z-]+)", README)) - {"--nnodes", "--node-rank", "--signal"}
+    named = set(re.findall(r"`(--[a-z0-9-]+)", README)) - {"--nnodes", "--node-rank", "--signal"}
     assert len(named) > 5 and named <= known
     constants = set(re.findall(r"`([A-Z][A-Z0-9_]{3,})`", README))
     assert len(constants) > 5 and constants <= set(dcgan.SETTINGS)
