@@ -14,8 +14,8 @@ The method: Radford, Metz, Chintala, "Unsupervised Representation Learning with 
 Generative Adversarial Networks", 2015, https://arxiv.org/abs/1511.06434. In this file the settings,
 the networks and the training step come first. The functions that they call follow.
 
-Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 pixels: 214 images a
-second, 2.7 times a plain float32 DCGAN (tests/benchmark.py).
+Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 pixels: 182 images a
+second, 2.4 times a plain float32 DCGAN (tests/benchmark.py).
 """
 
 import argparse
