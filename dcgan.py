@@ -550,8 +550,10 @@ def should_stop(signals, device, row_due):
         return False
     received = torch.tensor(signals[0] if signals else 0, device=device)
     dist.all_reduce(received, dist.ReduceOp.MAX)
-    signals[:] = [received.item()] if received else []
-    return bool(signals)
+    if received:
+        signals[:] = [received.item()]
+    # What has come meanwhile stays in the list, for the next call: here all have to agree.
+    return bool(received)
 
 
 # -------------------------------------------------------------------------------------------- data

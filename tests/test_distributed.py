@@ -255,6 +255,17 @@ def test_checkpoints_go_from_one_process_to_two_and_back_within_an_epoch(
     assert checkpoint(workplace)["images"] == (at[0] + 1) * 40
 
 
+def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_after_the_next_step(
+    tiny, monkeypatch
+):
+    monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
+    others = [lambda *sent: signal.raise_signal(signal.SIGTERM), lambda *sent: None]
+    monkeypatch.setattr(tiny.dist, "all_reduce", lambda *sent: others.pop(0)(*sent))
+    with tiny.kept_signals() as signals:
+        stops = [tiny.should_stop(signals, torch.device("cpu"), True) for _ in range(2)]
+    assert stops == [False, True] and signals == [signal.SIGTERM]
+
+
 def test_a_killed_process_ends_the_others_and_the_run_goes_on_by_restart(workplace):
     with Torchrun(
         workplace, *flags(DATA_DIR="faces", EPOCHS=10**6, CHECKPOINT_MINUTES=0)
