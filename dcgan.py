@@ -66,7 +66,7 @@ from tqdm import tqdm
 
 # Data
 IMAGE_SIZE = 64  # pixels a side: 32, 64, 128 or 256; each doubling takes four times as long
-BATCH_SIZE = 32  # images a step, over all processes; with 64, a run is shorter but learns less
+BATCH_SIZE = 32  # images a step, over all processes; 64 is faster, but learns less from each
 MAX_IMAGES: int | None = None  # train on the first N images; None: on all
 WORKERS: int | None = None  # processes that decode the images, once; None: one a core
 
