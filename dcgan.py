@@ -188,7 +188,7 @@ def build_generator(state):
 
 # ----------------------------------------------------------------------------------- training step
 
-R1_INTERVAL = 32  # one step in 32 has the R1 penalty, times 32, since it is slow
+R1_INTERVAL = 32  # steps; the R1 penalty is slow, so one of them has it for all
 
 
 def bce(logits, target):
