@@ -877,6 +877,8 @@ def load_safely(path):
     except OSError as error:
         raise SystemFailure(f"{path} cannot be read: {error.strerror}") from None
     except Exception as error:  # a damaged zip or pickle raises almost anything
+        if out_of_memory(error):
+            raise
         text = f"{path} is damaged, or not from torch.save ({one_line(error)})"
         raise UserError(text) from error
 
@@ -898,6 +900,8 @@ def read_checkpoint(path):
         COUNT.parse(state["images"])
         build_generator(state)
     except Exception as error:  # whatever another program's file leads to
+        if out_of_memory(error):
+            raise
         text = f"{path} is no checkpoint of dcgan.py ({one_line(error)})"
         raise UserError(text) from error
     return state
@@ -937,9 +941,9 @@ def restore(run, state):
         same_order = state.get("data") == run.data_key and not set(changed) & set(ORDER_SETTINGS)
         restore_trainer(run.trainer, state)
         restore_progress(run, state, same_order)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # whatever a file that is not whole leads to
+        if out_of_memory(error):
+            raise
         text = f"the checkpoint in {OUTPUT_DIR} is not whole ({one_line(error)}); move it away"
         raise UserError(text) from error
 
@@ -2554,11 +2558,11 @@ def main(argv=None):
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (UserError, SystemFailure) as error:
         return complain(error, error.status)
-    except NotImplementedError as error:  # PyTorch's, for what a device cannot do
-        return complain(f"{one_line(error)}; try --device cpu")
-    except RuntimeError as error:  # PyTorch's
+    except (RuntimeError, MemoryError) as error:  # PyTorch's
         if out_of_memory(error):
             return complain(f"{memory_left()} ({one_line(error)}); lower BATCH_SIZE or IMAGE_SIZE")
+        if re.search("aten::|not implemented for", str(error)):  # by this device, in this precision
+            return complain(f"{one_line(error)}; try --device cpu or --precision float32")
         if WORLD_SIZE > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
             return complain(f"process {RANK} has lost the others ({one_line(error)})")
         raise
@@ -2567,8 +2571,9 @@ def main(argv=None):
 
 
 def out_of_memory(error):
-    """Whether PyTorch raised `error` because the memory of a device or a CPU is full."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether `error` was raised because the memory of a device or a CPU is full."""
+    full = re.search("out of memory|DefaultCPUAllocator|ALLOC_FAILED", str(error))
+    return bool(full) or isinstance(error, MemoryError)
 
 
 def memory_left():

@@ -516,16 +516,28 @@ def test_a_checkpoint_that_is_something_else_is_one_line(reference, tmp_path):
         one_line(done.stderr, f"{name}.pt", "no checkpoint of dcgan.py")
 
 
-def test_a_full_memory_is_no_reason_to_call_a_checkpoint_damaged(tiny, monkeypatch, capsys):
-    assert tiny.main(["--epochs", "1"]) == 0
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("place", ["torch.load", "dcgan.build_generator", "dcgan.restore_trainer"])
+def test_a_full_memory_is_no_reason_to_call_a_checkpoint_damaged(
+    tiny, monkeypatch, capsys, place, error
+):
+    for epochs in (1, 2):  # there is a checkpoint before, which could take its place
+        assert tiny.main(["--epochs", str(epochs)]) == 0
     before = contents(Path())
     capsys.readouterr()
 
-    def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def full(*arguments, **options):
+        raise error
 
-    monkeypatch.setattr(tiny, "restore_trainer", full)
-    assert tiny.main([]) == 1
+    monkeypatch.setattr(place, full)
+    assert tiny.main(["--epochs", "3"]) == 1
     one_line(capsys.readouterr().err, "out of memory")
     assert contents(Path()) == before
 

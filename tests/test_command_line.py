@@ -318,7 +318,14 @@ def test_the_script_itself_refuses_in_one_line_with_status_2_and_touches_nothing
 
 
 def test_an_error_of_an_edited_training_step_keeps_its_traceback(tiny, monkeypatch):
-    for error in (ValueError("shapes differ"), OSError("a file"), ImportError("a module")):
+    errors = (
+        ValueError("shapes differ"),
+        OSError("a file"),
+        ImportError("a module"),
+        NotImplementedError("to be written"),
+        NotImplementedError("FileSystem does not appear to support flock"),  # filelock's
+    )
+    for error in errors:
 
         def step(trainer, *batch, error=error):
             raise error
@@ -333,6 +340,10 @@ def test_an_error_of_an_edited_training_step_keeps_its_traceback(tiny, monkeypat
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 2000000 bytes"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.05 GB)"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (MemoryError(), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (RuntimeError("unsupported memory format"), False),
     ],
