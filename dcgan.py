@@ -353,6 +353,13 @@ class Descent:
         self.scaler.step(self.optimizer)
         self.scaler.update()
 
+    def forget_step(self):
+        """Remove what an unfinished step leaves: gradients, and the scaler's notes about them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for name in ("grad_scale", "found_inf"):
+            vars(self.optimizer).pop(name, None)
+        self.scaler.update(self.scaler.get_scale())
+
 
 # ---------------------------------------------------------------------------------------- hardware
 
@@ -491,8 +498,7 @@ class StepGraph:
 
     def prepare_optimizers(self, capturable):
         for descent in (self.trainer.generator_descent, self.trainer.discriminator_descent):
-            descent.optimizer.zero_grad(set_to_none=True)
-            descent.scaler._per_optimizer_states.clear()
+            descent.forget_step()
             for group in descent.optimizer.param_groups:
                 group["capturable"] = capturable
 
@@ -787,10 +793,11 @@ class Batches:
             latents = torch.randn(BATCH_SIZE, LATENT_SIZE, 1, 1, **numbers)
             flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < 0.5
             faces = self.faces.index_select(0, batches[step][mine])
-            if faces.device != self.device:
-                # A GPU copies from pinned memory while it still computes the step before.
+            if self.device.type == "cuda" and not faces.is_cuda:
+                # The CPU need not wait for a copy from pinned memory. Not on MPS: PyTorch's copies
+                # from there are wrong (issues 86060 and 189690).
                 faces = faces.pin_memory().to(self.device, non_blocking=True)
-            yield faces, flips[mine], latents[mine]
+            yield faces.to(self.device), flips[mine], latents[mine]
 
 
 # ------------------------------------------------------------------------------------- checkpoints

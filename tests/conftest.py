@@ -41,6 +41,19 @@ TINY = {
     "DEVICE": "cpu",
     "PRECISION": "float32",
 }
+RUN_FILES = {  # of one epoch, in OUTPUT_DIR
+    ".lock",
+    "checkpoint.pt",
+    "generator.pt",
+    "losses.png",
+    "metrics.csv",
+    "quality.csv",
+    "real_vs_fake.png",
+    "training.gif",
+    "samples/epoch_000.png",
+    "samples/epoch_001.png",
+    "samples/latest.png",
+}
 
 
 def flags(**changed):
@@ -49,9 +62,12 @@ def flags(**changed):
     return [text for name, value in pairs for text in (dcgan.flag(name), str(value))]
 
 
-def start(*arguments, cwd, env=None, **options):
-    """Start `python dcgan.py ARGUMENTS` in `cwd`; the process, with its output in pipes of text."""
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+def start(*arguments, cwd, env=None, program=(SCRIPT,), **options):
+    """Start `python dcgan.py ARGUMENTS` in `cwd`; the process, with its output in pipes of text.
+
+    `program` is what Python runs in place of dcgan.py.
+    """
+    command = [sys.executable, *map(str, program), *map(str, arguments)]
     pipes = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
@@ -154,6 +170,25 @@ def all_faces(tmp_path_factory):
 @pytest.fixture(scope="session")
 def archive(all_faces):
     return archive_of(all_faces)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """A file of Inception's weights: random ones, of a size that lets images through all layers."""
+    from torch_fidelity import feature_extractor_inceptionv3 as inception_module
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    extractor = inception_module.FeatureExtractorInceptionV3
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(inception_module, "load_state_dict_from_url", lambda *url, **options: None)
+        patched.setattr(extractor, "load_state_dict", lambda network, state: None)
+        network = extractor("inception-v3-compat", ["2048"])
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    torch.save(network.state_dict(), path)
+    return path
 
 
 @pytest.fixture

@@ -25,23 +25,6 @@ COLUMNS = ["epoch", "generated", "real", "size", "crop", "network", *METRICS]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A file of Inception's weights: random ones, of a size that lets images through all layers."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    extractor = inception_module.FeatureExtractorInceptionV3
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(inception_module, "load_state_dict_from_url", lambda *url, **options: None)
-        patched.setattr(extractor, "load_state_dict", lambda network, state: None)
-        network = extractor("inception-v3-compat", ["2048"])
-    torch.manual_seed(0)
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    torch.save(network.state_dict(), path)
-    return path
-
-
 @pytest.fixture
 def trained(tiny, workplace, monkeypatch):
     """`dcgan` where output/generator.pt is."""

@@ -6,23 +6,10 @@ import struct
 
 import pytest
 import torch
-from conftest import dcgan, draw_faces, flags, one_line, pixels, run, start, table
+from conftest import RUN_FILES, dcgan, draw_faces, flags, one_line, pixels, run, start, table
 from PIL import Image
 
 LINE = r"loss_d \d+\.\d+, loss_g \d+\.\d+, D\(x\) [01]\.\d+, D\(G\(z\)\) [01]\.\d+, [\d,]+ images/s"
-ALWAYS = {
-    ".lock",
-    "checkpoint.pt",
-    "generator.pt",
-    "losses.png",
-    "metrics.csv",
-    "quality.csv",
-    "real_vs_fake.png",
-    "training.gif",
-    "samples/epoch_000.png",
-    "samples/epoch_001.png",
-    "samples/latest.png",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +47,7 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
     assert last.startswith("finished") and "generate" in last
 
     written = files(workplace / "output")
-    assert written.keys() == ALWAYS | {"samples/epoch_002.png"}
+    assert written.keys() == RUN_FILES | {"samples/epoch_002.png"}
     assert not [name for name in files(workplace) if name.endswith((".part", ".new"))]
     rows = table(workplace / "output/metrics.csv")
     assert (
