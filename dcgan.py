@@ -960,7 +960,10 @@ def restore(run, state):
     epoch = run.progress.epoch + 1
     if state["step"] and not same_order:
         say(f"the order of the images has changed: epoch {epoch} begins again")
-    say(f"going on from {OUTPUT_DIR}/checkpoint.pt: epoch {epoch}, step {run.progress.step + 1}")
+    at = f"step {run.progress.step + 1}"
+    if run.progress.step == run.steps:  # a signal came in the last one
+        at = "its end"
+    say(f"going on from {OUTPUT_DIR}/checkpoint.pt: epoch {epoch}, {at}")
 
 
 def restore_trainer(trainer, state):
@@ -1436,11 +1439,9 @@ def train_epoch(run, batches, signals):
             row_due = last or progress.step % LOG_EVERY == 0
             if row_due:
                 report(run, run.log(), bar)
-            if last:
-                return True
             if should_stop(signals, run.trainer.device, row_due):
                 return False
-            if perf_counter() - run.saved_at > 60 * CHECKPOINT_MINUTES:
+            if not last and perf_counter() - run.saved_at > 60 * CHECKPOINT_MINUTES:
                 save_and_show(run)
     return True
 

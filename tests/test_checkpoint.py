@@ -169,7 +169,7 @@ def same(one, two):
     return type(one) is type(two) and one == two
 
 
-def assert_ended_alike(folder, reference):
+def assert_ended_alike(folder, reference, rows=12):
     """Whether a run has ended as another: networks, optimizers, metrics, samples."""
     states = [load(folder), load(reference)]
     for state in states:
@@ -178,7 +178,7 @@ def assert_ended_alike(folder, reference):
     for key in states[1]:
         assert same(states[0][key], states[1][key]), f"{key} differs"
     assert same(load(folder, "generator.pt"), load(reference, "generator.pt"))
-    assert rows_of(folder) == rows_of(reference) and len(rows_of(folder)) == 12
+    assert rows_of(folder) == rows_of(reference) and len(rows_of(folder)) == rows
     for path in (reference / "output/samples").iterdir():
         assert path.read_bytes() == (folder / "output/samples" / path.name).read_bytes()
 
@@ -250,6 +250,24 @@ def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(forks, reference, wo
     status, stdout, stderr = forks.run(workplace)
     assert (status, stderr) == (0, "") and "going on" in stdout
     assert_ended_alike(workplace, reference)
+
+
+def test_a_signal_ends_a_run_whose_epochs_have_one_step(forks, workplace, all_faces):
+    one_step = {"MAX_IMAGES": LONG["BATCH_SIZE"]}
+    forks.start(workplace, **one_step, EPOCHS=10**5)
+    until(lambda: rows_of(workplace))
+    forks.send(signal.SIGTERM)
+    status, stdout, stderr = forks.wait()
+    assert (status, stderr) == (143, "") and "saved after step 1 of epoch" in stdout
+    epochs = load(workplace)["epoch"] + 3
+    status, stdout, stderr = forks.run(workplace, **one_step, EPOCHS=epochs)
+    assert (status, stderr) == (0, "") and f"epoch {epochs - 2}, its end" in stdout
+
+    untouched = workplace / "untouched"
+    untouched.mkdir()
+    (untouched / "faces").symlink_to(all_faces)
+    assert forks.run(untouched, **one_step, EPOCHS=epochs)[0] == 0
+    assert_ended_alike(workplace, untouched, rows=epochs)
 
 
 def test_ctrl_c_before_the_first_step_ends_at_once(forks, reference, tmp_path):
