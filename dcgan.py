@@ -677,18 +677,9 @@ def data_key(images, image_size):
 
 
 def cache_path(folder, key, image_size):
-    """The cache file of a folder's images. The part before the key is the folder's alone."""
+    """The cache file of these images. Each folder, choice of images and size has its own."""
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
     return Path(CACHE_DIR) / f"faces-{place[:8]}-{key[:16]}-{image_size}.npy"
-
-
-def remove_old_caches(newest):
-    """Remove the other cache files of the same folder: of other files, sizes or MAX_IMAGES."""
-    prefix = newest.name[: len("faces-01234567")]
-    for path in newest.parent.glob(f"{prefix}-*.npy"):
-        if path != newest:
-            with suppress(OSError):  # Windows keeps what another run has open
-                path.unlink()
 
 
 def open_cache(path, image_size):
@@ -732,7 +723,6 @@ def decode(folder, names, image_size, path):
         write_cache_header(file, len(names) - skipped, image_size)
     if skipped:
         say(f"skipped {skipped} of {len(names):,} images")
-    remove_old_caches(path)
 
 
 def write_cache_header(file, images, image_size):
