@@ -1001,9 +1001,14 @@ def restore_progress(run, state, same_order):
 FILM_BYTES = 3_000_000  # training.gif is not larger, so that it can be sent
 
 
+def to_bytes(images):
+    """Images in [0, 1] as uint8, rounded: what files hold, and what `evaluate` measures."""
+    return images.mul(255).round().byte()
+
+
 def grid(images, columns=8):
     """Images (N, 3, H, W) in [0, 1] as one PIL picture."""
-    return to_pil_image(make_grid(images.float().cpu().clamp(0, 1), columns))
+    return to_pil_image(make_grid(to_bytes(images.cpu()), columns))
 
 
 def save_picture(picture, path):
@@ -1657,7 +1662,7 @@ def generate(
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images):
-            to_pil_image(image).save(folder / f"{index:06d}.png")
+            to_pil_image(to_bytes(image)).save(folder / f"{index:06d}.png")
     say(f"saved {number:,} images in {folder}")
 
 
@@ -1677,7 +1682,7 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None)
         angle = torch.arange(frames).mul(math.pi / 2 / frames).unsqueeze(1)
         walk = F.normalize(angle.cos() * start + angle.sin() * end) * math.sqrt(len(start))
         for image in trained.draw(walk):
-            pictures.append(ImageOps.scale(to_pil_image(image), 2))
+            pictures.append(ImageOps.scale(to_pil_image(to_bytes(image)), 2))
     path = Path(output or Path(OUTPUT_DIR) / "interpolation.gif")
     save_gif(pictures, path, 60)
     say(f"saved {path}")
@@ -1759,7 +1764,7 @@ class ImageTensors(torch.utils.data.Dataset):
         if index > 0:
             image = next(self.images)
             self.bar.update()
-        return image.mul(255).round().byte()
+        return to_bytes(image)
 
 
 def distances(fakes, reals, cache_name, weights, device):
