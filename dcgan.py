@@ -262,7 +262,8 @@ class Trainer:
 
         d_real = real_logits.float().sigmoid().mean()
         d_fake = fake_logits.float().sigmoid().mean()
-        self.totals += torch.stack([loss_d, loss_g, d_real, d_fake]).detach()
+        means = torch.stack([loss_d, loss_g, d_real, d_fake]).detach()
+        self.totals += join_means(means)
 
     def gradient_penalty(self, reals):
         """R1: how steep the discriminator's logit is around a real image, squared, on average.
@@ -283,6 +284,8 @@ class Trainer:
     def advance(self, *batch):
         """`step` on a batch, by way of the CUDA graph if there is one; then move the average."""
         with_penalty = R1_GAMMA > 0 and self.images // BATCH_SIZE % R1_INTERVAL == 0
+        if with_penalty:  # which uses BatchNorm's running statistics
+            join_statistics(self.discriminator)
         if self.graph is None:
             self.step(*batch, with_penalty)
         else:
@@ -313,9 +316,7 @@ class Trainer:
 
         Between two rows of metrics.csv, training waits for the device only here.
         """
-        if WORLD_SIZE > 1:
-            dist.all_reduce(self.totals)
-        means = [total / steps / WORLD_SIZE for total in self.totals.tolist()]
+        means = [total / steps for total in self.totals.tolist()]
         self.totals.zero_()
         return means
 
@@ -517,6 +518,24 @@ def join_gradients(network, device):
     with warnings.catch_warnings(action="ignore"):  # that an argument is to be renamed
         # Broadcast buffers would change the discriminator's statistics between its two calls.
         return nn.parallel.DistributedDataParallel(network, ids, broadcast_buffers=False)
+
+
+def join_means(means):
+    """The average over the processes of `means`, which each has worked out on its share."""
+    if WORLD_SIZE > 1:
+        dist.all_reduce(means)
+        means /= WORLD_SIZE
+    return means
+
+
+def join_statistics(network):
+    """Give all processes rank 0's BatchNorm statistics.
+
+    The checkpoint has these alone, so a resumed run computes what one without a stop does.
+    """
+    if WORLD_SIZE > 1:
+        for statistic in network.buffers():
+            dist.broadcast(statistic, 0)
 
 
 def join_processes(state, key, images, device):

@@ -20,8 +20,13 @@ from conftest import SCRIPT, dcgan, flags, table
 
 
 def drive():
-    """`dcgan.main`, with a trainer that also notes what it sees: in rank-0.pt, rank-1.pt."""
+    """`dcgan.main`, with a trainer that also notes what it sees: in rank-0.pt, rank-1.pt.
+
+    Each third step is with the penalty. In step STOP_AT, rank 0 gets a SIGTERM.
+    """
     seen, honest = {"faces": []}, dcgan.Trainer
+    dcgan.R1_INTERVAL = 3
+    stop_at = int(os.environ.get("STOP_AT", 0))
 
     class Spy(honest):
         def __init__(self, *where):
@@ -31,6 +36,9 @@ def drive():
         def advance(self, faces, *others):
             super().advance(faces, *others)
             seen["faces"].append(faces.clone())
+            if len(seen["faces"]) == stop_at and dcgan.RANK == 0:
+                signal.raise_signal(signal.SIGTERM)
+            seen["totals"] = self.totals.clone()
             seen["group"] = torch.distributed.is_initialized()
             networks = (self.generator, self.discriminator, self.average)
             weights = [weight for network in networks for weight in network.parameters()]
@@ -71,7 +79,9 @@ class Torchrun:
     After `with` nothing of it is left running.
     """
 
-    def __init__(self, folder, *arguments, script=SCRIPT, processes=2, options=("--standalone",)):
+    def __init__(
+        self, folder, *arguments, script=SCRIPT, processes=2, options=("--standalone",), **variables
+    ):
         self.out, self.err = folder / "out.txt", folder / "err.txt"
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
         command += [*options, script, *arguments]
@@ -79,7 +89,7 @@ class Torchrun:
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 cwd=folder,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -209,6 +219,12 @@ def test_two_processes_end_with_the_same_weights(seen):
     assert all(same), "the checkpoint has other weights"
 
 
+def test_a_row_of_metrics_csv_is_the_mean_over_both_processes(seen):
+    """BatchNorm's statistics differ, so each has other losses for its share of a batch."""
+    one, two = (rank["totals"] for rank in seen[2][1])
+    assert torch.equal(one, two) and one.all()
+
+
 def test_two_processes_share_the_batches_of_one_and_no_image_comes_twice_an_epoch(seen):
     (alone,), (one, two) = seen[1][1], seen[2][1]
     shared = [torch.cat(faces) for faces in zip(one["faces"], two["faces"], strict=True)]
@@ -254,6 +270,35 @@ def test_checkpoints_go_from_one_process_to_two_and_back_within_an_epoch(
     assert going_on(*at) in capsys.readouterr().out
     assert keys(workplace) == keys_of(at[0] + 1)
     assert checkpoint(workplace)["images"] == (at[0] + 1) * 40
+
+
+def test_two_processes_that_go_on_end_as_two_that_were_not_stopped(seen, workplace):
+    """BatchNorm's statistics and the sums for metrics.csv differ by process on a CPU."""
+    arguments = flags(DATA_DIR="faces")
+    with Torchrun(workplace, *arguments, script=__file__, STOP_AT="3") as torchrun:
+        assert torchrun.wait() != 0
+    assert checkpoint(workplace)["step"] == 3  # within an interval, and before a penalty
+    with Torchrun(workplace, *arguments, script=__file__) as torchrun:
+        assert torchrun.wait() == 0, torchrun.said()
+    untouched = seen[2][0]
+    one, two = (
+        [list(row.values())[:-1] for row in table(folder / "output/metrics.csv")]
+        for folder in (workplace, untouched)
+    )
+    assert one == two
+    for network in ("generator", "discriminator", "average"):
+        one, two = (checkpoint(folder)[network] for folder in (workplace, untouched))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one), network
+
+
+def test_processes_on_gpus_ask_each_other_in_each_epoch(tiny, monkeypatch):
+    """There they ask only when a row is due."""
+    due = []
+    monkeypatch.setattr(tiny, "should_stop", lambda *about: due.append(about[-1]))
+    tiny.LOG_EVERY = 20
+    tiny.train()
+    assert due == [False, False, False, False, True] * 2
 
 
 def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_after_the_next_step(
