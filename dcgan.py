@@ -419,7 +419,8 @@ def keep_freed_memory():
     M_MMAP_THRESHOLD = -3
     with suppress(OSError, AttributeError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        if not libc.mallopt(M_MMAP_THRESHOLD, 2**30):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the most that glibc before 2.35 accepts
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -755,12 +756,16 @@ def write_cache_header(file, images, image_size):
 def decoded_faces(folder, names, image_size):
     """Yield the items of a FaceFolder, in order, read by WORKERS processes."""
     workers = usable_cores() if WORKERS is None else WORKERS
-    if multiprocessing.get_start_method() != "fork":  # each worker imports torch anew
+    # None: nobody has chosen yet, which a notebook may still do. The first method is the default.
+    method = multiprocessing.get_start_method(allow_none=True)
+    method = method or multiprocessing.get_all_start_methods()[0]
+    if method != "fork":  # each worker imports torch anew
         workers = min(workers, 8)
     workers = min(workers, math.ceil(len(names) / 64))
     faces = FaceFolder(folder, names, image_size)
     # Workers send bytes through pipes: tensors would go through shared memory, 64 MB in Docker.
-    loader = torch.utils.data.DataLoader(faces, 64, num_workers=workers, collate_fn=list)
+    options = {"multiprocessing_context": method} if workers else {}
+    loader = torch.utils.data.DataLoader(faces, 64, num_workers=workers, collate_fn=list, **options)
     try:
         for batch in loader:
             yield from batch

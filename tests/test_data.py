@@ -552,6 +552,22 @@ def test_workers_may_be_spawned_as_on_windows_and_macos(tiny, workplace):
     assert torch.equal(images[7], tiny.read_face("faces/000007.jpg", SIZE))
 
 
+UNDECIDED = """
+import multiprocessing, sys
+sys.path.insert(0, {root!r})
+import dcgan
+dcgan.WORKERS = {workers}
+assert len(list(dcgan.decoded_faces("faces", ["000000.jpg"], 32))) == 1
+multiprocessing.set_start_method("spawn")
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_how_workers_start_is_still_to_be_chosen_after_a_decoding(workplace, workers):
+    program = ["-c", UNDECIDED.format(root=str(ROOT), workers=workers)]
+    assert run(cwd=workplace, program=program).stderr == ""
+
+
 SMALL_DISK = """
 mkdir small
 mount -t tmpfs -o size=1m none small

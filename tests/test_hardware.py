@@ -113,3 +113,19 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
     (tmp_path / "cpu.max").write_text(quota)
     assert dcgan.usable_cores(tmp_path / "cpu.max") == cores
     assert dcgan.usable_cores(tmp_path / "missing") == 4
+
+
+@pytest.mark.parametrize("most", [2**30, 2**25])
+def test_glibc_keeps_freed_memory_up_to_the_most_that_it_accepts(monkeypatch, most):
+    accepted = {}
+
+    class Library:
+        def mallopt(self, option, value):
+            if option == -3 and value > most:  # M_MMAP_THRESHOLD, in glibc before 2.35
+                return 0
+            accepted[option] = value
+            return 1
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library())
+    dcgan.keep_freed_memory()
+    assert accepted == {-3: most, -1: 2**31 - 1}
