@@ -29,6 +29,24 @@ collect_ignore = ["test_checkpoint.py"] if os.name == "nt" else []
 # a shell's background job has it ignored, and its children
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Of two tests that run at once, each has one core: more threads would wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+# Started first, so that neither of two workers is left with a long file at the end.
+LONG_FILES = (
+    "test_imitated_gpu.py",
+    "test_download.py",
+    "test_checkpoint.py",
+    "test_distributed.py",
+    "test_readme.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 TINY = {
     "IMAGE_SIZE": 32,
     "BATCH_SIZE": 8,
@@ -74,7 +92,7 @@ def start(*arguments, cwd, env=None, program=(SCRIPT,), **options):
         "text": True,
         "stdin": subprocess.DEVNULL,
     }
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    env = os.environ | (env or {})
     return subprocess.Popen(command, cwd=cwd, env=env, **pipes | options)
 
 

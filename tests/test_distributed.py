@@ -321,7 +321,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_by_restart(workpla
         workers[1].kill()
         assert torchrun.wait(60) != 0
         assert not psutil.wait_procs(workers, timeout=5)[1]
-    epochs = checkpoint(workplace)["epoch"] + 60
+    epochs = checkpoint(workplace)["epoch"] + 20
     options = ("--standalone", "--max-restarts=1")
     with Torchrun(
         workplace, *flags(DATA_DIR="faces", EPOCHS=epochs, CHECKPOINT_MINUTES=0), options=options
