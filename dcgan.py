@@ -276,9 +276,11 @@ class Trainer:
         reals = reals.detach().requires_grad_()
         self.discriminator.eval()
         with autocast(self.device, self.dtype):
-            logits = self.discriminator(reals)
+            logits = self.discriminator(reals).float()
         self.discriminator.train()
-        (gradients,) = torch.autograd.grad(logits.float().sum(), reals, create_graph=True)
+        # Not of logits.sum(), whose expanded gradient is wrong on a Mac (PyTorch's issue 180201).
+        ones = torch.ones_like(logits)
+        (gradients,) = torch.autograd.grad(logits, reals, ones, create_graph=True)
         return gradients.square().sum((1, 2, 3)).mean()
 
     def advance(self, *batch):

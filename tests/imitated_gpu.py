@@ -57,6 +57,7 @@ graphs: "list[Graph]" = []  # all of them, in the order of their captures
 
 # ------------------------------------------------------------------------------------------ tensors
 
+FORBIDDEN = "operation not permitted when stream is capturing"
 real_to = torch.Tensor.to
 real_tensor = torch.tensor
 
@@ -124,7 +125,7 @@ def move(tensor, *arguments, copy=False, **options):
         if tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("gradients between devices are not imitated")
         if recording and (here or not tensor.is_pinned()):
-            recording.fail("operation not permitted when stream is capturing")
+            recording.fail(FORBIDDEN)
         if waitless and card.kind == "mps":
             raise AssertionError("non-blocking copies to MPS can be wrong")
         with _disable_current_modes():
@@ -180,10 +181,8 @@ def launch(call, arguments, options):
     result = call(*plain_arguments, **plain_options)
     if not here:
         return result
-    if card.kind == "mps" and torch.float64 in [
-        getattr(x, "dtype", 0) for x in tree_leaves(result)
-    ]:
-        raise TypeError("the MPS framework doesn't support float64")
+    if card.kind == "mps":
+        check_mps(name, given, tree_leaves(result))
     if recording:
         recording.calls.append((call, plain_arguments, plain_options, result))
     return tree_map(lambda x: ours.get(id(x)) if id(x) in ours else on_the_card(x), result)
@@ -198,7 +197,15 @@ def check_call(name, others):
             f"{card.device} and cpu! ({name})"
         )
     if recording and (name.startswith(READING) or others):
-        recording.fail("operation not permitted when stream is capturing")
+        recording.fail(FORBIDDEN)
+
+
+def check_mps(name, given, results):
+    """Raise what a Mac would, and where it would compute something else."""
+    if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in results):
+        raise TypeError("the MPS framework doesn't support float64")
+    if name.startswith("aten.convolution") and any(0 in x.stride() for x in given):
+        raise AssertionError("MPS reads expanded tensors wrongly (PyTorch's issue 180201)")
 
 
 def run_full(name):
@@ -342,7 +349,7 @@ def install_cuda():
     cuda.get_device_capability = lambda device=None: card.capability
     cuda.get_device_name = lambda device=None: card.name
     cuda.mem_get_info = lambda device=None: (card.free, 2 * card.free)
-    cuda.synchronize = lambda device=None: None
+    cuda.synchronize = lambda device=None: recording and recording.fail(FORBIDDEN)
     cuda.Stream = Stream
     cuda.current_stream = lambda device=None: current_stream
     cuda.set_stream = set_stream

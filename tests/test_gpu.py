@@ -109,6 +109,26 @@ def test_two_hundred_steps_take_no_more_memory_than_twenty(tiny, card, monkeypat
     assert torch.cuda.memory_reserved() - before < 2**20
 
 
+# ------------------------------------------------------------------------------------- the penalty
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("cuda", marks=needs_cuda), pytest.param("mps", marks=needs_mps)]
+)
+def test_the_penaltys_gradients_are_those_of_a_cpu(tiny, monkeypatch, name):
+    """Its second derivative takes paths that nothing else does."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    reals = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    gradients = []
+    for device in (torch.device("cpu"), torch.device(name, 0)):
+        trainer = tiny.Trainer(device, torch.float32)
+        trainer.gradient_penalty(reals.to(device)).backward()
+        parameters = trainer.discriminator.parameters()
+        gradients.append([weight.grad.cpu() for weight in parameters if weight.grad is not None])
+    for here, there in zip(*gradients, strict=True):
+        torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3 * here.abs().max().item())
+
+
 # --------------------------------------------------------------------------------------------- data
 
 

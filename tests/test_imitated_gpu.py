@@ -76,7 +76,7 @@ ones.fill_(10)
 graph.replay()
 assert total.tolist() == [22, 22, 22]
 
-for forbidden in (total.sum().item, total.tolist, torch.ones(3).cuda):
+for forbidden in (total.sum().item, total.tolist, torch.ones(3).cuda, torch.cuda.synchronize):
     with pytest.raises(RuntimeError, match="in capture"):
         with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
             forbidden()
