@@ -1856,6 +1856,8 @@ def check_inception(weights):
             f"no Inception weights ({error}); give --inception-weights FILE, from {INCEPTION_URL}"
         ) from None
     except Exception as error:  # whatever another file leads to
+        if out_of_memory(error):
+            raise
         name = weights or "the download"
         text = f"{name} holds no weights of torch-fidelity's Inception ({one_line(error)})"
         raise UserError(text) from error
@@ -2566,6 +2568,13 @@ def add_settings(parser, names):
                 section.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text)
 
 
+# What PyTorch says where a device lacks an operation, in this precision or with so little memory.
+UNSUPPORTED = (
+    "implemented for the .* device|Could not run 'aten::|not implemented for '(Half|BFloat16)'"
+    "|unable to find an engine"
+)
+
+
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a failure, 2 for a wrong call.
 
@@ -2587,11 +2596,15 @@ def main(argv=None):
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (UserError, SystemFailure) as error:
         return complain(error, error.status)
-    except (RuntimeError, MemoryError) as error:  # PyTorch's
+    except (RuntimeError, MemoryError) as error:  # mostly PyTorch's
         if out_of_memory(error):
-            return complain(f"{memory_left()} ({one_line(error)}); lower BATCH_SIZE or IMAGE_SIZE")
-        if re.search("aten::|not implemented for", str(error)):  # by this device, in this precision
-            return complain(f"{one_line(error)}; try --device cpu or --precision float32")
+            return complain(
+                f"{memory_left(error)} ({one_line(error)}); lower BATCH_SIZE or IMAGE_SIZE, "
+                "or ask for fewer images"
+            )
+        if re.search(UNSUPPORTED, str(error)):
+            cure = "try --precision float32, a lower BATCH_SIZE or --device cpu"
+            return complain(f"{one_line(error)}; {cure}")
         if WORLD_SIZE > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
             return complain(f"process {RANK} has lost the others ({one_line(error)})")
         raise
@@ -2605,9 +2618,9 @@ def out_of_memory(error):
     return bool(full) or isinstance(error, MemoryError)
 
 
-def memory_left():
-    """In which memory there is no room, in words."""
-    if not torch.cuda.is_available():
+def memory_left(error):
+    """Which memory is full, and how much of a GPU's is free, in words."""
+    if not torch.cuda.is_available() or not re.search("CUDA|HIP", str(error)):
         return "out of memory"
     free, total = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
