@@ -263,7 +263,7 @@ class Trainer:
         d_real = real_logits.float().sigmoid().mean()
         d_fake = fake_logits.float().sigmoid().mean()
         means = torch.stack([loss_d, loss_g, d_real, d_fake]).detach()
-        self.totals += join_means(means)
+        self.totals += join_means(means)  # in each step, since only rank 0 knows when it saves
 
     def gradient_penalty(self, reals):
         """R1: how steep the discriminator's logit is around a real image, squared, on average.
@@ -286,7 +286,7 @@ class Trainer:
     def advance(self, *batch):
         """`step` on a batch, by way of the CUDA graph if there is one; then move the average."""
         with_penalty = R1_GAMMA > 0 and self.images // BATCH_SIZE % R1_INTERVAL == 0
-        if with_penalty:  # which uses BatchNorm's running statistics
+        if with_penalty:  # the only use of BatchNorm's running statistics in training
             join_statistics(self.discriminator)
         if self.graph is None:
             self.step(*batch, with_penalty)
@@ -357,11 +357,11 @@ class Descent:
         self.scaler.update()
 
     def forget_step(self):
-        """Remove what an unfinished step leaves: gradients, and the scaler's notes about them."""
+        """Remove what an unfinished step leaves behind: gradients, and the scaler's record."""
         self.optimizer.zero_grad(set_to_none=True)
-        for name in ("grad_scale", "found_inf"):
+        for name in ("grad_scale", "found_inf"):  # GradScaler.step lends them to the optimizer
             vars(self.optimizer).pop(name, None)
-        self.scaler.update(self.scaler.get_scale())
+        self.scaler.update(self.scaler.get_scale())  # keeps the scale, and clears the record
 
 
 # ---------------------------------------------------------------------------------------- hardware
@@ -524,7 +524,7 @@ def join_gradients(network, device):
 
 
 def join_means(means):
-    """The average over the processes of `means`, which each has worked out on its share."""
+    """Average `means`, which each process has computed on its share of a batch, in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(means)
         means /= WORLD_SIZE
@@ -532,9 +532,9 @@ def join_means(means):
 
 
 def join_statistics(network):
-    """Give all processes rank 0's BatchNorm statistics.
+    """Give all processes rank 0's BatchNorm statistics, the only ones in a checkpoint.
 
-    The checkpoint has these alone, so a resumed run computes what one without a stop does.
+    If each used its own, a resumed run would differ from one that was not stopped.
     """
     if WORLD_SIZE > 1:
         for statistic in network.buffers():
@@ -699,7 +699,7 @@ def data_key(images, image_size):
 
 
 def cache_path(folder, key, image_size):
-    """The cache file of these images. Each folder, choice of images and size has its own."""
+    """The cache file. Another folder, other images or another size give another file."""
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
     return Path(CACHE_DIR) / f"faces-{place[:8]}-{key[:16]}-{image_size}.npy"
 
@@ -758,16 +758,17 @@ def write_cache_header(file, images, image_size):
 def decoded_faces(folder, names, image_size):
     """Yield the items of a FaceFolder, in order, read by WORKERS processes."""
     workers = usable_cores() if WORKERS is None else WORKERS
-    # None: nobody has chosen yet, which a notebook may still do. The first method is the default.
+    # With None allowed, asking does not fix the method, which a notebook may still want to set.
     method = multiprocessing.get_start_method(allow_none=True)
-    method = method or multiprocessing.get_all_start_methods()[0]
+    method = method or multiprocessing.get_all_start_methods()[0]  # the first is the default
     if method != "fork":  # each worker imports torch anew
         workers = min(workers, 8)
     workers = min(workers, math.ceil(len(names) / 64))
     faces = FaceFolder(folder, names, image_size)
     # Workers send bytes through pipes: tensors would go through shared memory, 64 MB in Docker.
-    options = {"multiprocessing_context": method} if workers else {}
-    loader = torch.utils.data.DataLoader(faces, 64, num_workers=workers, collate_fn=list, **options)
+    context = method if workers else None
+    options = {"num_workers": workers, "multiprocessing_context": context}
+    loader = torch.utils.data.DataLoader(faces, 64, collate_fn=list, **options)
     try:
         for batch in loader:
             yield from batch
@@ -810,8 +811,8 @@ class Batches:
             flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < 0.5
             faces = self.faces.index_select(0, batches[step][mine])
             if self.device.type == "cuda" and not faces.is_cuda:
-                # The CPU need not wait for a copy from pinned memory. Not on MPS: PyTorch's copies
-                # from there are wrong (issues 86060 and 189690).
+                # From pinned memory, the copy runs while the CPU continues. Only on CUDA: such
+                # copies to MPS fail or are wrong (PyTorch's issues 86060 and 189690).
                 faces = faces.pin_memory().to(self.device, non_blocking=True)
             yield faces.to(self.device), flips[mine], latents[mine]
 
@@ -976,10 +977,10 @@ def restore(run, state):
     epoch = run.progress.epoch + 1
     if state["step"] and not same_order:
         say(f"the order of the images has changed: epoch {epoch} begins again")
-    at = f"step {run.progress.step + 1}"
-    if run.progress.step == run.steps:  # a signal came in the last one
-        at = "its end"
-    say(f"going on from {OUTPUT_DIR}/checkpoint.pt: epoch {epoch}, {at}")
+    at = f"epoch {epoch}, step {run.progress.step + 1}"
+    if run.progress.step == run.steps:  # a signal came in the epoch's last step
+        at = f"the end of epoch {epoch}"
+    say(f"going on from {OUTPUT_DIR}/checkpoint.pt: {at}")
 
 
 def restore_trainer(trainer, state):
@@ -1443,7 +1444,7 @@ def train_epochs(run, batches):
 
 
 def train_epoch(run, batches, signals):
-    """The steps that an epoch still has. Returns whether it is whole: a signal ends it early."""
+    """The steps that an epoch still has. Returns False if a signal came, in the last one too."""
     progress = run.progress
     run.timed = (perf_counter(), run.trainer.images)
     name = f"epoch {progress.epoch + 1}/{EPOCHS}"

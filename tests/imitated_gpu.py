@@ -9,7 +9,7 @@ of its capture and replays them: Python's code does not run again, its numbers a
 read a value during the capture is an error. Numbers are those of the CPU, to the last digit.
 
 It cannot show speed, the numbers of real kernels, what fits into memory, or races between streams.
-Weights get new Parameter objects when a module is moved, where a real card changes them in place.
+A module that is moved gets new Parameter objects; on a real card they stay the same objects.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import functools
 import gc
 import runpy
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.optim.optimizer import Optimizer
@@ -32,8 +32,9 @@ class Card:
     name: str
     kind: str = "cuda"
     capability: tuple[int, int] | None = None
-    free: int = 8 * 2**30  # bytes of memory
-    full_at: str | None = None  # memory is full in the first aten call whose name begins so
+    free: int = 8 * 2**30  # bytes of memory; the card has twice as many
+    # Memory is full in each aten call whose name begins so; "to" is a move to or from the card.
+    full_at: str | None = None
 
     @property
     def device(self):
@@ -105,6 +106,12 @@ class GpuTensor(torch.Tensor):
         copied = self.detach().clone().requires_grad_(self.requires_grad)
         copied._is_param = getattr(self, "_is_param", False)  # what makes it a Parameter
         return memo.setdefault(id(self), copied)
+
+    def __repr__(self, **options):
+        return f"{self.detach().cpu()!r} on {card.device}"
+
+    def __format__(self, form):
+        return format(self.detach().cpu(), form)
 
     def __reduce_ex__(self, protocol):  # files hold plain tensors
         return self.plain.__reduce_ex__(protocol)
@@ -185,7 +192,7 @@ def launch(call, arguments, options):
         check_mps(name, given, tree_leaves(result))
     if recording:
         recording.calls.append((call, plain_arguments, plain_options, result))
-    return tree_map(lambda x: ours.get(id(x)) if id(x) in ours else on_the_card(x), result)
+    return tree_map(lambda x: ours[id(x)] if id(x) in ours else on_the_card(x), result)
 
 
 def check_call(name, others):
@@ -252,8 +259,10 @@ def use_stream(stream):
     """torch.cuda.stream"""
     before = current_stream
     set_stream(stream)
-    yield
-    set_stream(before)
+    try:
+        yield
+    finally:
+        set_stream(before)
 
 
 class Graph:
@@ -316,9 +325,7 @@ def all_tensors():
 def install(name, **changes):
     """Make PyTorch say that it has the card `name` of CARDS, with `changes` of its fields."""
     global card
-    card = CARDS[name]
-    for field, value in changes.items():
-        setattr(card, field, value)
+    card = replace(CARDS[name], **changes)
 
     torch.Tensor.to = move
     torch.Tensor.cuda = lambda tensor, device=None, non_blocking=False: move(tensor, "cuda")
@@ -375,7 +382,8 @@ def grouped(group, lists, with_indices=False):
 
 
 if __name__ == "__main__":
-    sys.modules["imitated_gpu"] = sys.modules["__main__"]
+    if len(sys.argv) < 3 or sys.argv[1] not in CARDS:
+        sys.exit(f"usage: imitated_gpu.py CARD SCRIPT [arguments]; CARD is one of {list(CARDS)}")
     install(sys.argv[1])
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")

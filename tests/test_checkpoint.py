@@ -261,7 +261,7 @@ def test_a_signal_ends_a_run_whose_epochs_have_one_step(forks, workplace, all_fa
     assert (status, stderr) == (143, "") and "saved after step 1 of epoch" in stdout
     epochs = load(workplace)["epoch"] + 3
     status, stdout, stderr = forks.run(workplace, **one_step, EPOCHS=epochs)
-    assert (status, stderr) == (0, "") and f"epoch {epochs - 2}, its end" in stdout
+    assert (status, stderr) == (0, "") and f"the end of epoch {epochs - 2}\n" in stdout
 
     untouched = workplace / "untouched"
     untouched.mkdir()

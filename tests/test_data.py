@@ -334,12 +334,12 @@ def test_images_are_decoded_once_and_then_mapped(tiny, folder):
 
 
 def test_other_files_another_size_or_number_have_a_cache_of_their_own(tiny, folder):
-    """Another run may need the old one, now or when it goes on."""
+    """Another run may need the old one, now or when it is resumed."""
     draw_faces(folder, 12)
     tiny.DATA_DIR = str(folder)
     keys, paths = [], []
 
-    def decoded_anew(count, size=SIZE):
+    def decoded_again(count, size=SIZE):
         images, key = tiny.load_faces(size)
         [path] = set(caches(tiny)) - set(paths)
         assert images.shape == (count, 3, size, size)
@@ -348,18 +348,18 @@ def test_other_files_another_size_or_number_have_a_cache_of_their_own(tiny, fold
         keys.append(key)
         paths.append(path)
 
-    decoded_anew(12)
+    decoded_again(12)
     tiny.draw_face(random.Random(99)).save(folder / "000012.jpg")
-    decoded_anew(13)
+    decoded_again(13)
     tiny.draw_face(random.Random(98)).save(folder / "000000.jpg")
-    decoded_anew(13)
+    decoded_again(13)
     (folder / "000000.jpg").rename(folder / "zzz.jpg")
-    decoded_anew(13)
+    decoded_again(13)
     (folder / "000001.jpg").unlink()
-    decoded_anew(12)
+    decoded_again(12)
     tiny.MAX_IMAGES = 9
-    decoded_anew(9)
-    decoded_anew(9, 64)
+    decoded_again(9)
+    decoded_again(9, 64)
     tiny.MAX_IMAGES = None
     before = [identity(path) for path in paths]
     tiny.load_faces(SIZE)

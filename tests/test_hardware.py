@@ -117,7 +117,7 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
 
 
 @pytest.mark.parametrize("most", [2**30, 2**25])
-def test_glibc_keeps_freed_memory_up_to_the_most_that_it_accepts(monkeypatch, most):
+def test_glibc_keeps_freed_memory_up_to_the_limit_it_accepts(monkeypatch, most):
     accepted = {}
 
     class Library:

@@ -13,6 +13,7 @@ import torch
 from conftest import (
     ROOT,
     RUN_FILES,
+    SCRIPT,
     draw_faces,
     film,
     flags,
@@ -64,6 +65,7 @@ with pytest.raises(RuntimeError, match="two devices"):
     ones + torch.ones(3)
 with pytest.raises(TypeError, match="numpy"):
     ones.numpy()
+assert "cuda:0" in repr(ones) and f"{{ones.sum():.1f}}" == "3.0"
 
 total, number, stream = torch.zeros(3, device="cuda"), 2, torch.cuda.Stream()
 graph = torch.cuda.CUDAGraph()
@@ -85,13 +87,15 @@ for forbidden in (total.sum().item, total.tolist, torch.ones(3).cuda, torch.cuda
 
 
 @pytest.fixture(scope="module", autouse=True)
-def borne(tmp_path_factory):
-    """Skips, where a newer PyTorch does not bear the imitation."""
+def imitation_works(tmp_path_factory):
+    """Skip these tests if a newer PyTorch breaks the imitation."""
     program = ["-c", RULES.format(tests=str(ROOT / "tests"))]
     done = run(program=program, cwd=tmp_path_factory.mktemp("rules"))
     known = tuple(map(int, torch.__version__.split(".")[:2])) <= NEWEST_PYTORCH
     if done.returncode and not (known and sys.platform == "linux"):
-        pytest.skip(f"PyTorch {torch.__version__} does not bear it: {done.stderr.splitlines()[-1]}")
+        pytest.skip(
+            f"PyTorch {torch.__version__} breaks the imitation: {done.stderr.splitlines()[-1]}"
+        )
     assert done.returncode == 0, done.stderr
 
 
@@ -134,14 +138,14 @@ def finished(tmp_path_factory, faces):
         assert (done.returncode, done.stderr) == (0, "")
         return folder, done
 
-    return lambda card, first="": finish(card, first)
+    return lambda card, first="": finish(card, first)  # the cache takes () and ("",) for two
 
 
 def edited(folder, old, new):
     """A copy of dcgan.py in `folder`, in which the line `old` is `new`. Returns `folder`."""
     text = (ROOT / "dcgan.py").read_text()
     assert text.count(f"{old}\n") == 1
-    (folder / "dcgan.py").write_text(text.replace(old, new))
+    (folder / "dcgan.py").write_text(text.replace(f"{old}\n", f"{new}\n"))
     return folder
 
 
@@ -219,6 +223,7 @@ def test_a_killed_run_ends_with_the_numbers_of_one_that_was_left_alone(finished,
         # 20 steps: both graphs are there.
         until(lambda: len(table(workplace / "output/metrics.csv")) > 3)
         process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
     done = train(workplace, "T4", NO_PICTURES)
     assert (done.returncode, done.stderr) == (0, "") and "going on from" in done.stdout
     assert numbers(workplace) == numbers(finished("T4")[0])
@@ -274,7 +279,7 @@ READS = {
         ("T4", "between optimizer and scaler"),
     ],
 )
-def test_a_step_that_reads_a_value_is_said_and_runs_without_a_graph(
+def test_a_step_that_reads_a_value_is_reported_and_runs_without_a_graph(
     finished, workplace, card, place
 ):
     line, reading = READS[place]
@@ -329,8 +334,11 @@ def test_the_generator_of_a_card_draws_the_same_faces_there_and_on_a_cpu(finishe
 
 @pytest.mark.parametrize("card", ["T4", "Mac"])
 def test_a_card_draws_a_film(finished, tmp_path, card):
-    words = ["--checkpoint", finished(card)[0] / "output/generator.pt", "--output", "film.gif"]
-    done = run("interpolate", "--num-faces", 2, *words, cwd=tmp_path, program=program(card))
+    """By the command that its docstring gives."""
+    imitated = [ROOT / "tests/imitated_gpu.py", card, SCRIPT, "interpolate", "--num-faces", 2]
+    checkpoint = finished(card)[0] / "output/generator.pt"
+    words = ["--checkpoint", checkpoint, "--output", "film.gif"]
+    done = run(*words, cwd=tmp_path, program=imitated)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(film(tmp_path / "film.gif")[0]) == 2 * 16
 
