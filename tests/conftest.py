@@ -29,7 +29,8 @@ collect_ignore = ["test_checkpoint.py"] if os.name == "nt" else []
 # a shell's background job has it ignored, and its children
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Of two tests that run at once, each has one core: more threads would wait for each other.
+# Of two tests that run at once, each has one core, and so has what it starts: more threads would
+# wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 

@@ -79,10 +79,7 @@ class Forks:
 
     def __init__(self, *prefix):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        self.server = subprocess.Popen(
-            [*prefix, sys.executable, __file__], env=environment, **pipes
-        )
+        self.server = subprocess.Popen([*prefix, sys.executable, __file__], **pipes)
 
     def start(self, cwd, *more, tty=None, nohup=False, limit=0, **changed):
         self.cwd, arguments = cwd, [*flags(**LONG | changed), *more]

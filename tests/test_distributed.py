@@ -95,7 +95,7 @@ class Torchrun:
             self.process = subprocess.Popen(
                 list(map(str, command)),
                 cwd=folder,
-                env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+                env=os.environ | variables,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,

@@ -34,7 +34,7 @@ def server(archive, workplace):
 
 def process(server, cwd, *arguments, script=SCRIPT, before=(), **variables):
     """Start the script against the server."""
-    environment = server.environment(server.home, OMP_NUM_THREADS="1", **variables)
+    environment = server.environment(server.home, **variables)
     command = [*before, sys.executable, str(script), *map(str, arguments)]
     pipes = {
         "stdin": subprocess.DEVNULL,

@@ -114,7 +114,6 @@ class Newcomer:
         (server.home / "bin/python3").symlink_to(os.path.realpath(sys.executable))
         self.environment = server.environment(
             server.home,
-            OMP_NUM_THREADS="1",
             TORCH_HOME=str(server.home),  # where Inception's weights could be
             PATH=f"{server.home}/bin{os.pathsep}{os.environ['PATH']}",
             PYTHONPATH=os.pathsep.join(path),
