@@ -1,27 +1,46 @@
-"""Train a DCGAN on CelebA with one command, then draw new faces with it.
+"""Train a DCGAN on CelebA with one command, then generate new faces with it.
 
     pip install -r requirements.txt
-    python dcgan.py                            # download CelebA, train, draw after each epoch
-    python dcgan.py --demo                     # the same in minutes, on faces that it draws itself
+    python dcgan.py                            # download CelebA, train, show samples
+    python dcgan.py --demo                     # the same in minutes, on cartoon faces
     python dcgan.py generate --num-images 16   # new faces
-    python dcgan.py interpolate                # a film that walks from face to face
+    python dcgan.py interpolate                # an animation that moves from face to face
     python dcgan.py evaluate                   # FID, KID, precision and recall
     torchrun --nproc-per-node 4 dcgan.py       # the same training on four GPUs
 
 In a notebook: import dcgan; dcgan.EPOCHS = 2; dcgan.train(); dcgan.generate_images(num_images=16)
 
 The method: Radford, Metz, Chintala, "Unsupervised Representation Learning with Deep Convolutional
-Generative Adversarial Networks", 2015, https://arxiv.org/abs/1511.06434. In this file the settings,
-the networks and the training step come first. The functions that they call follow.
+Generative Adversarial Networks", 2015, https://arxiv.org/abs/1511.06434.
 
-Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 pixels: 182 images a
-second, 2.4 times a plain float32 DCGAN (tests/benchmark.py).
+The sections of this file, in order (no two of them use names of each other):
+
+    settings                   the constants to edit
+    networks                   generator and discriminator
+    training step              losses, optimizers, the average of the generator
+    hardware                   device, precision, the step as a CUDA graph, full memory
+    several processes          what differs under torchrun
+    data                       images decoded once into a cache, and batches of them
+    records                    rows of metrics.csv and quality.csv; saving and restoring values
+    checkpoints                reading and writing them
+    pictures and advice        grids, animations, curves, the distance to real faces
+    training                   the run: epochs, reports, samples, signals
+    using a trained generator  generate and interpolate
+    evaluate                   FID and the like, by torch-fidelity
+    where images come from     Kaggle, or cartoon faces for the demo
+    files and messages         errors, safe writing, locks, printing
+    ranges of the settings     what each setting is and may be
+    command line               flags, commands, exit statuses
+
+Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 pixels: 182 images
+per second, 2.4 times as many as a plain float32 DCGAN (tests/benchmark.py).
 """
 
 import argparse
 import copy
 import csv
 import ctypes
+import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -36,25 +55,26 @@ import signal
 import site
 import subprocess
 import sys
-import threading
+import tempfile
 import warnings
 import zipfile
-import zlib
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
+from operator import call
 from pathlib import Path
+from statistics import fmean
 from time import perf_counter, sleep, time
 from typing import NamedTuple
+from urllib.error import URLError
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
-from PIL import Image, ImageColor, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
@@ -62,69 +82,72 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- settings
-# Edit these lines, or give flags: BATCH_SIZE is --batch-size.
+# Edit these lines, or use flags: BATCH_SIZE is --batch-size. The comments give the reason for each
+# value. What a setting is, and its range, is in the table SETTINGS below, and in --help.
 
 # Data
-IMAGE_SIZE = 64  # pixels a side: 32, 64, 128 or 256; each doubling takes four times as long
-BATCH_SIZE = 32  # images a step, over all processes; 64 is faster, but learns less from each
-MAX_IMAGES: int | None = None  # train on the first N images; None: on all
-WORKERS: int | None = None  # processes that decode the images, once; None: one a core
+IMAGE_SIZE = 64  # as in the paper; doubling it takes three to five times as long
+BATCH_SIZE = 32  # 64 is faster, but learns less from each image
+MAX_IMAGES = None  # all images
+WORKERS = None  # one per core
 
 # Networks
-LATENT_SIZE = 100  # length of the noise that a face is made from, as in the paper
-G_FEATURES = 64  # channels of the generator's layer next to the image; inner ones have more
-D_FEATURES = 64  # the discriminator's; fewer make it weaker
+LATENT_SIZE = 100  # as in the paper
+G_FEATURES = 64  # as in the paper; layers farther from the image have more
+D_FEATURES = 64  # as in the paper; fewer make the discriminator weaker
 
 # Training
-EPOCHS = 20  # passes over the images; raise it to go on with a finished run
-LEARNING_RATE = 5e-4  # of both optimizers; gave better faces than 2e-4 in the same time
-D_LEARNING_RATE: float | None = None  # the discriminator's own; None: the same
-BETA1 = 0.0  # AdamW's momentum; the paper's 0.5 learns more slowly; with 0.9 D wins
-BETA2 = 0.999  # AdamW's memory of squared gradients; PyTorch's default
-WEIGHT_DECAY = 0.01  # AdamW's; PyTorch's default
-REAL_LABEL = 1.0  # target for real images; 0.9 keeps the discriminator from being too sure
-R1_GAMMA = 0.0128  # weight of a penalty that keeps the discriminator from winning; 0: none
-AVERAGE_SHARE = 0.1  # half-life of the generator's average, as a share of the images seen
-SEED = 0  # decides the first weights, the noise and the order of the images
+EPOCHS = 20  # enough for CelebA; a higher number continues a finished run
+LEARNING_RATE = 5e-4  # gives better faces than 2e-4 in the same time
+D_LEARNING_RATE = None  # the same as LEARNING_RATE
+BETA1 = 0.0  # the paper's 0.5 learns more slowly; with 0.9 the discriminator wins
+BETA2 = 0.999  # PyTorch's default
+WEIGHT_DECAY = 0.01  # PyTorch's default
+REAL_LABEL = 1.0  # 0.9 keeps the discriminator from being too sure
+R1_GAMMA = 0.0128  # keeps the discriminator from winning in long runs; 0: no penalty
+AVERAGE_SHARE = 0.1  # less gives noisier faces; more lets early weights linger
+SEED = 0  # any other number gives another run
 
 # Reporting
-LOG_EVERY = 20  # steps a row of metrics.csv, which holds their means
-CHECKPOINT_MINUTES = 10.0  # minutes of work that can be lost; long epochs are saved, too
+LOG_EVERY = 20  # often enough for curves; for each row, the CPU waits for the GPU
+CHECKPOINT_MINUTES = 10.0  # a crash loses no more work than this
 
 # Hardware
-DEVICE: str | None = None  # cpu, mps, cuda or cuda:1; None: the best that is there
-PRECISION: str | None = None  # float32, bfloat16 or float16; None: the device's fastest
+DEVICE = None  # the best available
+PRECISION = None  # the fastest on the device
 
 # Places
-CELEBA_DIR = "data/celeba"  # CelebA is downloaded to this folder
-DATA_DIR = CELEBA_DIR  # any folder of images, at any depth
-CACHE_DIR = "data/cache"  # decoded images: 2.3 GiB for all of CelebA at 64 pixels
-OUTPUT_DIR = "output"  # all else that a run writes
-KAGGLE_DATASET = "jessicali9530/celeba-dataset"  # owner/name on kaggle.com
+CELEBA_DIR = "data/celeba"  # CelebA is downloaded to this folder only
+DATA_DIR = CELEBA_DIR  # for your own photos, give their folder
+CACHE_DIR = "data/cache"  # holds 2.3 GiB for all of CelebA at 64 pixels
+OUTPUT_DIR = "output"  # one folder per run
+KAGGLE_DATASET = "jessicali9530/celeba-dataset"  # needs no account
+
+# Set by torchrun
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes
+RANK = int(os.environ.get("RANK") or 0)  # number of this process; 0 draws, logs and saves
 
 # ---------------------------------------------------------------------------------------- networks
 
 
 def layer_widths(features, image_size):
-    """Channels, first those of the layer next to the image: [64, 128, 256, 512] at 64 pixels."""
+    """Channels per layer, starting next to the image: [64, 128, 256, 512] at 64 pixels."""
     levels = int(math.log2(image_size)) - 2
     return [features * min(8, 2**level) for level in range(levels)]
 
 
 class Generator(nn.Module):
-    """Noise (N, latent_size, 1, 1) to images (N, 3, S, S) in [-1, 1]. Shapes: at 64 pixels."""
+    """Noise (N, latent_size, 1, 1) to images (N, 3, S, S) in [-1, 1]. Shapes are for 64 pixels."""
 
-    def __init__(self, image_size=64, latent_size=100, features=64):
+    def __init__(self, image_size, latent_size, features):
         super().__init__()
         widths = layer_widths(features, image_size)[::-1]
         layers = [nn.ConvTranspose2d(latent_size, widths[0], 4, 1, 0, bias=False)]  # (N, 512, 4, 4)
-        for inner, outer in zip(widths, widths[1:]):
+        for inner, outer in zip(widths, [*widths[1:], 3]):
             layers += [nn.BatchNorm2d(inner), nn.ReLU(inplace=True)]
-            # in turn (N, 256, 8, 8), (N, 128, 16, 16), (N, 64, 32, 32)
-            layers += [nn.ConvTranspose2d(inner, outer, 4, 2, 1, bias=False)]
-        layers += [nn.BatchNorm2d(widths[-1]), nn.ReLU(inplace=True)]
-        layers += [nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1), nn.Tanh()]  # (N, 3, 64, 64)
-        self.layers = nn.Sequential(*layers)
+            # in turn (N, 256, 8, 8), (N, 128, 16, 16), (N, 64, 32, 32), (N, 3, 64, 64)
+            layers += [nn.ConvTranspose2d(inner, outer, 4, 2, 1, bias=outer == 3)]
+        self.layers = nn.Sequential(*layers, nn.Tanh())
         self.apply(init_weights)
 
     def forward(self, latents):
@@ -134,7 +157,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, 3, S, S) in [-1, 1] to logits (N,), whose sigmoid is the probability of "real"."""
 
-    def __init__(self, image_size=64, features=64):
+    def __init__(self, image_size, features):
         super().__init__()
         widths = layer_widths(features, image_size)
         layers = [nn.Conv2d(3, widths[0], 4, 2, 1)]  # (N, 64, 32, 32)
@@ -153,10 +176,9 @@ class Discriminator(nn.Module):
 
 def init_weights(module):
     """Initial weights as in the paper: convolutions N(0, 0.02), gains N(1, 0.02), biases 0."""
-    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-    elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
+    if hasattr(module, "weight"):
+        mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
+        nn.init.normal_(module.weight, mean, 0.02)
     if getattr(module, "bias", None) is not None:
         nn.init.zeros_(module.bias)
 
@@ -164,7 +186,6 @@ def init_weights(module):
 @torch.no_grad()
 def images_from(generator, latents, dtype):
     """Images (N, 3, H, W) in [0, 1] from the noise `latents` (N, z, 1, 1), on the same device."""
-    latents = latents.contiguous(memory_format=memory_format(latents.device))
     with autocast(latents.device, dtype):
         images = generator(latents)
     return images.float().add(1).div(2).clamp(0, 1)
@@ -173,121 +194,127 @@ def images_from(generator, latents, dtype):
 def build_generator(state):
     """The averaged generator in a checkpoint: `state` is what `read_checkpoint` returns.
 
-    It is on the CPU. Raises ValueError if its weights do not fit the settings beside them.
+    It is on the CPU. Raises RuntimeError if its weights do not fit the settings saved with them.
     """
     settings, weights = state["settings"], state["average"]
     sizes = [settings[name] for name in ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES")]
-    with torch.device("meta"):  # takes no memory: a bad file could ask for a huge one
+    with torch.device("meta"):  # takes no memory: a bad file could ask for a huge network
         generator = Generator(*sizes)
-    for name, tensor in generator.state_dict().items():
-        if weights[name].shape != tensor.shape:
-            raise ValueError(f"its {name} does not fit its settings")
-    generator.to_empty(device="cpu").load_state_dict(weights)
-    return generator.eval().requires_grad_(False)
+    # A plain dict has no _metadata, in which PyTorch would keep `assign` for later loads.
+    generator.load_state_dict(dict(weights), assign=True)
+    return generator.float().eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------- training step
 
-R1_INTERVAL = 32  # steps; the R1 penalty is slow, so one of them has it for all
+R1_INTERVAL = 32  # the R1 penalty is slow, so only every 32nd step has it, 32 times as strong
 
 
 def bce(logits, target):
     """Binary cross-entropy on logits, in float32.
 
-    After a sigmoid, a discriminator that is sure and wrong would have no gradient at all.
+    Not on probabilities: a saturated sigmoid has no gradient, so a discriminator that is sure and
+    wrong could not learn.
     """
     logits = logits.float()
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
 class Trainer:
-    """Both networks, their optimizers, and the generator's average, which draws the pictures."""
+    """Both networks, their optimizers, and the averaged generator, which draws all samples."""
+
+    networks = ("generator", "discriminator", "average")
+    optimizers = ("generator_optimizer", "discriminator_optimizer")
+    saved = (*networks, *optimizers, "images", "totals")
 
     def __init__(self, device, dtype):
         self.device = device
         self.dtype = dtype
         torch.manual_seed(seed_for("weights"))
-        generator = Generator(IMAGE_SIZE, LATENT_SIZE, G_FEATURES)
-        discriminator = Discriminator(IMAGE_SIZE, D_FEATURES)
+        self.generator = Generator(IMAGE_SIZE, LATENT_SIZE, G_FEATURES)
+        self.discriminator = Discriminator(IMAGE_SIZE, D_FEATURES)
         # Before the optimizers see them: fused AdamW is silently wrong where weights and moments
         # differ in memory format.
-        layout = memory_format(device)
-        self.generator = generator.to(device, memory_format=layout)
-        self.discriminator = discriminator.to(device, memory_format=layout)
+        for network in (self.generator, self.discriminator):
+            network.to(device, memory_format=memory_format(device))
+        # Copied before data_parallel: SyncBatchNorm would need all processes to draw.
         self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        self.generator_descent = Descent(self.generator, LEARNING_RATE, dtype)
+        self.generator_optimizer = ScaledAdamW(self.generator, LEARNING_RATE, dtype)
         d_rate = LEARNING_RATE if D_LEARNING_RATE is None else D_LEARNING_RATE
-        self.discriminator_descent = Descent(self.discriminator, d_rate, dtype)
+        self.discriminator_optimizer = ScaledAdamW(self.discriminator, d_rate, dtype)
         # What the step calls: the same networks or, with several processes, their DDP wrappers.
-        self.joint_generator = join_gradients(self.generator, device)
-        self.joint_discriminator = join_gradients(self.discriminator, device)
+        self.ddp_generator = data_parallel(self.generator, device)
+        self.ddp_discriminator = data_parallel(self.discriminator, device)
         self.graph = StepGraph(self) if device.type == "cuda" and WORLD_SIZE == 1 else None
         self.images = 0  # real images seen so far
-        self.settled = -1  # `images` when the average's statistics were last worked out
-        self.totals = torch.zeros(4, device=device)  # of loss_d, loss_g, D(x), D(G(z))
+        self.refreshed_at = -1  # `images` at the last refresh_batchnorm of the average
+        # Sums of loss_d, loss_g, D(x), D(G(z)), and how many have been added up.
+        self.totals = torch.zeros(5, device=device)
+        self.one = torch.ones((), device=device)  # the count of one step
 
     def step(self, faces, flips, latents, with_penalty=False):
         """One step of the discriminator, then one of the generator, on the same fakes.
 
         `faces`: uint8 (N, 3, H, W); `flips`, which of them to mirror: bool (N, 1, 1, 1); `latents`,
-        the noise: (N, z, 1, 1). Before you edit this: on CUDA it runs only a few times. Then it is
-        recorded and replayed as a CUDA graph: Python's numbers keep the value that they had then,
-        and a print prints no more. Tensors work as usual.
+        the noise: (N, z, 1, 1).
+
+        Careful when you edit this: on CUDA it runs a few times, is then captured as a CUDA graph,
+        and from then on only replayed. Python numbers keep the value they had at the capture, and
+        print() stops printing. Tensors behave as usual.
         """
         reals = torch.where(flips, faces.flip(3), faces)
         layout = memory_format(self.device)
         reals = reals.to(torch.float32, memory_format=layout).mul_(2 / 255).sub_(1)
-        with autocast(self.device, self.dtype):
-            fakes = self.joint_generator(latents)
 
         # Discriminator: minimise -log D(x) - log(1 - D(G(z))). Two calls, so that reals and fakes
         # are each normalised by their own statistics.
         with autocast(self.device, self.dtype):
-            real_logits = self.joint_discriminator(reals)
-            fake_logits = self.joint_discriminator(fakes.detach())
+            fakes = self.ddp_generator(latents)
+            real_logits = self.ddp_discriminator(reals)
+            fake_logits = self.ddp_discriminator(fakes.detach())
         loss_d = bce(real_logits, REAL_LABEL) + bce(fake_logits, 0.0)
         penalty = 0.0
         if with_penalty:
             penalty = R1_INTERVAL * R1_GAMMA / 2 * self.gradient_penalty(reals)
-        self.discriminator_descent.step(loss_d + penalty)
+        self.discriminator_optimizer.step(loss_d + penalty)
 
-        # Generator: minimise -log D(G(z)), judged by the stepped discriminator. Its own gradients
-        # are not needed here, so it is called without its DDP wrapper.
+        # Generator: minimise -log D(G(z)), judged by the updated discriminator. This needs no
+        # gradients of the discriminator's weights, so that is called without its DDP wrapper.
         self.discriminator.requires_grad_(False)
         with autocast(self.device, self.dtype):
             judged = self.discriminator(fakes)
         loss_g = bce(judged, 1.0)
-        self.generator_descent.step(loss_g)
+        self.generator_optimizer.step(loss_g)
         self.discriminator.requires_grad_(True)
 
         d_real = real_logits.float().sigmoid().mean()
         d_fake = fake_logits.float().sigmoid().mean()
-        means = torch.stack([loss_d, loss_g, d_real, d_fake]).detach()
-        self.totals += join_means(means)  # in each step, since only rank 0 knows when it saves
+        values = torch.stack([loss_d, loss_g, d_real, d_fake, self.one]).detach()
+        self.totals += sum_over_processes(values)  # in every step: a checkpoint may follow
 
     def gradient_penalty(self, reals):
-        """R1: how steep the discriminator's logit is around a real image, squared, on average.
+        """R1: the mean squared norm of the gradient of the discriminator's logit at real images.
 
-        Where it is flat, the discriminator cannot be too sure (Mescheder, Geiger, Nowozin 2018,
+        It keeps the discriminator from being too sure (Mescheder, Geiger, Nowozin 2018,
         https://arxiv.org/abs/1801.04406). BatchNorm uses its running statistics here, so that each
-        logit depends on its own image alone; PyTorch's SyncBatchNorm would have no second
-        derivative, either.
+        logit depends on its own image only. (In train mode, the backward of SyncBatchNorm cannot be
+        differentiated again.)
         """
         reals = reals.detach().requires_grad_()
         self.discriminator.eval()
         with autocast(self.device, self.dtype):
             logits = self.discriminator(reals).float()
         self.discriminator.train()
-        # Not of logits.sum(), whose expanded gradient is wrong on a Mac (PyTorch's issue 180201).
+        # Not of logits.sum(), whose expanded gradient is wrong on a Mac (PyTorch issue 180201).
         ones = torch.ones_like(logits)
         (gradients,) = torch.autograd.grad(logits, reals, ones, create_graph=True)
         return gradients.square().sum((1, 2, 3)).mean()
 
     def advance(self, *batch):
-        """`step` on a batch, by way of the CUDA graph if there is one; then move the average."""
-        with_penalty = R1_GAMMA > 0 and self.images // BATCH_SIZE % R1_INTERVAL == 0
+        """Do `step` on a batch, by the CUDA graph if there is one; then update the average."""
+        with_penalty = R1_GAMMA > 0 and (self.images // BATCH_SIZE) % R1_INTERVAL == 0
         if with_penalty:  # the only use of BatchNorm's running statistics in training
-            join_statistics(self.discriminator)
+            broadcast_batchnorm(self.discriminator)
         if self.graph is None:
             self.step(*batch, with_penalty)
         else:
@@ -295,83 +322,114 @@ class Trainer:
         self.images += BATCH_SIZE
         self.update_average()
 
-    @torch.no_grad()
     def update_average(self):
         """Move the average's weights towards the generator's.
 
-        The half-life is a share of the images seen, so that no grid is a ghost of the start.
+        The half-life is a share of the images seen, so that early weights do not linger.
         """
         half_life = AVERAGE_SHARE * self.images
-        share = 1 - 0.5 ** (BATCH_SIZE / half_life) if half_life else 1.0
+        keep = 0.5 ** (BATCH_SIZE / half_life) if half_life else 0.0
         averages, weights = self.average.parameters(), self.generator.parameters()
-        torch._foreach_lerp_(list(averages), list(weights), share)
+        get_ema_multi_avg_fn(keep)(list(averages), list(weights), None)  # it ignores the None
 
-    def settled_average(self):
-        """The averaged generator, its BatchNorm's statistics worked out: ready to draw or save."""
-        if self.settled != self.images:
-            settle_statistics(self.average)
-            self.settled = self.images
+    def averaged_generator(self):
+        """The average with up-to-date BatchNorm statistics: ready to draw or to save."""
+        if self.refreshed_at != self.images:
+            refresh_batchnorm(self.average)
+            self.refreshed_at = self.images
         return self.average
 
-    def fetch(self, steps):
-        """The means of `totals` over `steps` steps; then begin anew.
+    def draw(self, latents):
+        """Images (N, 3, H, W) in [0, 1] by the averaged generator, from noise (N, z, 1, 1)."""
+        return images_from(self.averaged_generator(), latents.to(self.device), self.dtype)
 
-        Between two rows of metrics.csv, training waits for the device only here.
+    def take_means(self):
+        """The means since the last call: loss_d, loss_g, D(x), D(G(z)).
+
+        With one GPU, the only place in the training loop where the CPU waits for it.
         """
-        means = [total / steps for total in self.totals.tolist()]
+        *sums, steps = self.totals.tolist()
         self.totals.zero_()
-        return means
+        return [total / steps for total in sums]
+
+    def abandon_step(self):
+        """Undo what an unfinished step leaves behind."""
+        self.generator_optimizer.abandon_step()
+        self.discriminator_optimizer.abandon_step()
+        self.discriminator.train().requires_grad_(True)
+
+    def state_dict(self):
+        return saved_values(self)
+
+    def load_state_dict(self, state):
+        restore_values(self, state)
 
 
-def settle_statistics(generator):
-    """Recompute BatchNorm's statistics from the weights, with 16 batches of noise of a fixed seed.
+def refresh_batchnorm(generator):
+    """Compute BatchNorm's statistics from the weights, on 16 batches of noise with a fixed seed.
 
-    To average the statistics as well would be wrong: averaged weights give smaller activations than
-    the weights that they come from, and the faces would be smooth and pale. Returns `generator`.
+    Averaging the statistics would be wrong: averaged weights produce smaller activations than the
+    weights they average, and faces would come out smooth and pale. Returns `generator`.
     """
-    stream = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     latent_size = generator.layers[0].in_channels
-    noise = torch.randn(16, 64, latent_size, 1, 1, generator=stream)
-    update_bn(noise, generator, next(generator.parameters()).device)
+    noise = torch.randn(16, 64, latent_size, 1, 1, generator=rng)
+    update_bn(noise, generator, next(generator.parameters()).device)  # iterates over batches
     return generator
 
 
-class Descent:
-    """AdamW on one network and, for float16 alone, the scaler that keeps its gradients from 0.
+class ScaledAdamW:
+    """AdamW for one network, and a gradient scaler.
 
-    Each network has its own scaler, since one may skip a step that the other takes.
+    Only float16 uses the scaler: small gradients would become 0 there. Each network has a scaler of
+    its own, because one network may skip a step that the other one takes.
     """
 
     def __init__(self, network, rate, dtype):
         device = next(network.parameters()).device
-        options = {"betas": (BETA1, BETA2), "weight_decay": WEIGHT_DECAY, "fused": True}
-        rate = torch.tensor(rate, device=device)  # a tensor: a CUDA graph sees it change
-        self.optimizer = torch.optim.AdamW(network.parameters(), rate, **options)
+        self.adamw = torch.optim.AdamW(
+            network.parameters(),
+            torch.tensor(rate, device=device),  # a tensor, so that a CUDA graph sees it change
+            betas=(BETA1, BETA2),
+            weight_decay=WEIGHT_DECAY,
+            fused=True,
+            capturable=device.type == "cuda",
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     def step(self, loss):
         """One step down the gradient of `loss`."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adamw.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
+        self.scaler.step(self.adamw)
         self.scaler.update()
 
-    def forget_step(self):
+    def abandon_step(self):
         """Remove what an unfinished step leaves behind: gradients, and the scaler's record."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.adamw.zero_grad(set_to_none=True)
         for name in ("grad_scale", "found_inf"):  # GradScaler.step lends them to the optimizer
-            vars(self.optimizer).pop(name, None)
+            vars(self.adamw).pop(name, None)
         self.scaler.update(self.scaler.get_scale())  # keeps the scale, and clears the record
+
+    def state_dict(self):
+        return {"moments": self.adamw.state_dict()["state"], "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state):
+        """Restore the moments and the scale. Rates and betas stay as today's settings say."""
+        self.adamw.load_state_dict(self.adamw.state_dict() | {"state": state["moments"]})
+        for parameter, moments in self.adamw.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # they need the weights' memory format
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+            moments["step"] = moments["step"].reshape(())  # a damaged one could have any shape
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
 
 
 # ---------------------------------------------------------------------------------------- hardware
 
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # processes that torchrun has started
-RANK = int(os.environ.get("RANK") or 0)  # this one's number; 0 draws, logs and saves
-
 
 def pick_device():
-    """DEVICE, or the best there is, made ready. Raises UserError if this machine has none such."""
+    """DEVICE or the best available, ready to use. Raises UserError if it cannot be used."""
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if best.type == "mps" and WORLD_SIZE > 1:
         best = torch.device("cpu")  # processes cannot share gradients on MPS
@@ -379,7 +437,7 @@ def pick_device():
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     elif device.index is not None and WORLD_SIZE > 1:
-        raise UserError(f"DEVICE is {device}, for all {WORLD_SIZE} processes; set it to None")
+        raise UserError(f"DEVICE is {device}, but there are {WORLD_SIZE} processes; set it to None")
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -397,8 +455,8 @@ def pick_device():
 
 
 def pick_dtype(device):
-    """PRECISION, or the fastest that the device has units for."""
-    if PRECISION is not None:
+    """PRECISION, or the fastest that the device supports in hardware."""
+    if PRECISION:
         return getattr(torch, PRECISION)
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
@@ -416,7 +474,10 @@ def pick_dtype(device):
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory that is freed: to fault it in anew takes a fifth of a step."""
+    """Tell glibc not to return freed memory to the system.
+
+    Getting it again takes a fifth of the time per step.
+    """
     M_TRIM_THRESHOLD = -1  # these two numbers are glibc's, from malloc.h
     M_MMAP_THRESHOLD = -3
     with suppress(OSError, AttributeError, TypeError):  # another C library
@@ -427,7 +488,7 @@ def keep_freed_memory():
 
 
 def usable_cores(quota_file="/sys/fs/cgroup/cpu.max"):
-    """CPU cores that this process may use: in a container its quota, not all that it can see."""
+    """CPU cores that this process may use. In a container that is its quota."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     with suppress(OSError, ValueError):  # there is no such file, or it says "max"
         quota, period = Path(quota_file).read_text().split()
@@ -436,81 +497,98 @@ def usable_cores(quota_file="/sys/fs/cgroup/cpu.max"):
 
 
 def memory_format(device):
-    """How networks and images lie in memory: the fastest way that works on this device.
+    """The fastest memory format for networks and images that works on this device.
 
-    On MPS, BatchNorm's backward is wrong in channels_last (PyTorch's issue 175189), and
-    convolution's is slow (193349).
+    On MPS, BatchNorm's backward is wrong in channels_last (PyTorch issue 175189), and that of
+    convolutions is slow (193349).
     """
     return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 def autocast(device, dtype):
-    """A context that computes in `dtype`. It caches cast weights: a new one after each update."""
+    """Autocast to `dtype`. It caches the cast weights: use a new one after each update of them."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 class StepGraph:
-    """A Trainer's step on CUDA: its 300 small kernels are launched at once, as one graph.
+    """A Trainer's step on CUDA as a graph, which launches its 300 small kernels at once.
 
-    Steps with and without the gradient penalty have a graph each. The first of a kind run as they
-    are, on a side stream, as a capture wants it. With several processes there is no graph: it would
-    have to hold what they send each other, too.
+    There is one graph for steps with the gradient penalty and one for steps without. The first
+    three steps of each kind run eagerly on a side stream, as a capture requires. If a capture
+    fails, all steps run eagerly. Not used with several processes: the graph would have to capture
+    their communication.
     """
 
     def __init__(self, trainer):
         self.trainer = trainer
         self.stream = torch.cuda.Stream()
-        self.memory = torch.cuda.graph_pool_handle()  # the graphs share it: one runs at a time
-        self.eager_steps = {True: 3.0, False: 3.0}  # warm-up steps left; inf: no graph is possible
+        self.memory = torch.cuda.graph_pool_handle()  # shared: one graph runs at a time
+        self.eager_steps = {True: 3, False: 3}  # left until a capture, by `with_penalty`
         self.graphs = {}
         self.inputs = []
 
     def step(self, batch, with_penalty):
-        if self.eager_steps[with_penalty] == 0 and with_penalty not in self.graphs:
-            self.capture(batch, with_penalty)
-        if with_penalty in self.graphs:
-            for static, new in zip(self.inputs, batch):
-                static.copy_(new)
-            self.graphs[with_penalty].replay()
-        else:
+        stream = torch.cuda.current_stream()
+        if self.eager_steps[with_penalty] > 0:
             self.eager_steps[with_penalty] -= 1
-            self.stream.wait_stream(torch.cuda.current_stream())
+            self.stream.wait_stream(stream)
             with torch.cuda.stream(self.stream):
                 self.trainer.step(*batch, with_penalty)
-            torch.cuda.current_stream().wait_stream(self.stream)
+            stream.wait_stream(self.stream)
+            return
+        try:
+            if with_penalty not in self.graphs:
+                self.capture(batch, with_penalty)
+        except RuntimeError as error:
+            say(f"no CUDA graph here ({one_line(error)}); training continues without, more slowly")
+            torch.cuda.set_stream(stream)
+            # Before PyTorch 2.13 the allocator stays in capture mode (issue 180395), which cuDNN's
+            # benchmark would not survive.
+            torch.backends.cudnn.benchmark = False
+            self.trainer.graph = None
+            self.trainer.abandon_step()
+            self.trainer.step(*batch, with_penalty)
+            return
+        for static, new in zip(self.inputs, batch):
+            static.copy_(new)
+        self.graphs[with_penalty].replay()
 
     def capture(self, batch, with_penalty):
-        """Record the step on inputs of its own. If that fails, steps run as they are for ever."""
+        """Capture the step, on inputs that each replay reads again."""
         self.inputs = self.inputs or [tensor.clone() for tensor in batch]
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        self.prepare_optimizers(capturable=True)
-        try:
-            with torch.cuda.graph(graph, self.memory, self.stream):
-                self.trainer.step(*self.inputs, with_penalty)
-            self.graphs[with_penalty] = graph
-        except RuntimeError as error:
-            say(f"no CUDA graph here ({one_line(error)}): steps are launched kernel by kernel")
-            torch.cuda.set_stream(stream)
-            self.prepare_optimizers(capturable=False)
-            self.trainer.discriminator.train().requires_grad_(True)
-            self.graphs.clear()
-            self.eager_steps = {True: math.inf, False: math.inf}
-            # Before PyTorch 2.13 the allocator stays in capture mode (issue 180395), which the
-            # trials of cuDNN's benchmark would not survive.
-            torch.backends.cudnn.benchmark = False
-
-    def prepare_optimizers(self, capturable):
-        for descent in (self.trainer.generator_descent, self.trainer.discriminator_descent):
-            descent.forget_step()
-            for group in descent.optimizer.param_groups:
-                group["capturable"] = capturable
+        self.trainer.abandon_step()  # the graph must allocate gradients of its own
+        with torch.cuda.graph(graph, self.memory, self.stream):
+            self.trainer.step(*self.inputs, with_penalty)
+        self.graphs[with_penalty] = graph
 
 
-def join_gradients(network, device):
-    """`network`, with gradients averaged over the processes if there are several.
+# What PyTorch says where a device lacks an operation, in this precision or with so little memory.
+UNSUPPORTED = (
+    "implemented for the .* device|Could not run 'aten::|not implemented for '(Half|BFloat16)'"
+    "|unable to find an engine"
+)
 
-    On CUDA, BatchNorm then works on the whole batch; on a CPU on each process's share of it.
+
+def device_error(error):
+    """One line for an error of PyTorch that a user can fix; None for any other error."""
+    text = one_line(error)
+    if out_of_memory(error):
+        return f"out of memory ({text}); lower BATCH_SIZE, IMAGE_SIZE or --num-images"
+    if re.search(UNSUPPORTED, str(error)):
+        return f"{text}; try --precision float32, a lower BATCH_SIZE or --device cpu"
+    if WORLD_SIZE > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
+        return f"process {RANK} has lost the others ({text}); see the first error, and run it again"
+    return None
+
+
+# -------------------------------------------------------------------------------- several processes
+
+
+def data_parallel(network, device):
+    """`network`, wrapped to average gradients over the processes if there are several.
+
+    On CUDA, BatchNorm then works on the whole batch; on a CPU, on each process's share of it.
     """
     if WORLD_SIZE == 1:
         return network
@@ -518,51 +596,49 @@ def join_gradients(network, device):
     if device.type == "cuda":
         ids = [device.index]
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    with warnings.catch_warnings(action="ignore"):  # that an argument is to be renamed
+    with warnings.catch_warnings(action="ignore"):  # hides that an argument will be renamed
         # Broadcast buffers would change the discriminator's statistics between its two calls.
         return nn.parallel.DistributedDataParallel(network, ids, broadcast_buffers=False)
 
 
-def join_means(means):
-    """Average `means`, which each process has computed on its share of a batch, in place."""
+def sum_over_processes(values):
+    """Add up `values`, which each process computes on its share of a batch, in place."""
     if WORLD_SIZE > 1:
-        dist.all_reduce(means)
-        means /= WORLD_SIZE
-    return means
+        dist.all_reduce(values)
+    return values
 
 
-def join_statistics(network):
-    """Give all processes rank 0's BatchNorm statistics, the only ones in a checkpoint.
+def broadcast_batchnorm(network):
+    """Give all processes the BatchNorm statistics of rank 0, the only ones in a checkpoint.
 
-    If each used its own, a resumed run would differ from one that was not stopped.
+    If each used its own, a resumed run would differ from an uninterrupted one.
     """
     if WORLD_SIZE > 1:
         for statistic in network.buffers():
             dist.broadcast(statistic, 0)
 
 
-def join_processes(state, key, images, device):
-    """Meet the processes that torchrun has started. Returns rank 0's checkpoint and data key.
+def connect_processes(state, key, images, device):
+    """Connect to the other processes. Returns the checkpoint and the data key of rank 0.
 
-    The time limit is long, since another machine may still decode its images. It is torchrun that
-    notices when a process dies. Raises UserError if the machines have different images.
+    The timeout is long because another machine may still be decoding images; torchrun itself
+    notices dead processes. Raises UserError if the machines have different images.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(days=1)
     store = next(dist.rendezvous("env://", timeout=limit))[0]
-    # After torchrun --max-restarts the store still has the addresses of the attempt before, so each
-    # attempt uses a name of its own. Not over several machines, which may count differently.
-    restart = ""
+    # After torchrun --max-restarts the store still holds the addresses of the last attempt, so each
+    # attempt uses a prefix of its own. Not on several machines, which may count differently.
+    attempt = ""
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    store = dist.PrefixStore(restart, store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=limit)
     counts = [0] * WORLD_SIZE
     dist.all_gather_object(counts, images)
     if len(set(counts)) > 1:
-        found = ", ".join(map(str, counts))
-        raise UserError(f"the machines have different images: {found}; copy DATA_DIR to all")
-    shared = [state, key]  # rank 0's key: times of change differ between machines
+        raise UserError(f"the machines have different numbers of images: {counts}; copy DATA_DIR")
+    shared = [state, key]  # rank 0's key: modification times differ between machines
     dist.broadcast_object_list(shared, device=device)
     return shared
 
@@ -570,7 +646,7 @@ def join_processes(state, key, images, device):
 def should_stop(signals, device, row_due):
     """Whether a signal has come. Several processes agree on it, to stop after the same step.
 
-    On a GPU, which would have to be waited for, they ask each other only when a row is due.
+    On GPUs the answer would make the CPU wait, so they only ask when a metrics row is due.
     """
     if WORLD_SIZE == 1:
         return bool(signals)
@@ -580,27 +656,17 @@ def should_stop(signals, device, row_due):
     dist.all_reduce(received, dist.ReduceOp.MAX)
     if received:
         signals[:] = [received.item()]
-    # What has come meanwhile stays in the list, for the next call: here all have to agree.
+    # A signal that came meanwhile waits for the next call: all must return the same answer.
     return bool(received)
 
 
 # -------------------------------------------------------------------------------------------- data
 
 
-def prepare_data(image_size):
-    """`load_faces`; before that, download CelebA or draw the demo's faces if DATA_DIR wants it."""
-    folder = Path(DATA_DIR)
-    if folder.absolute() == Path(CELEBA_DIR).absolute():
-        download_celeba()
-    elif folder == Path(DEMO["DATA_DIR"]):
-        fill(folder, draw_demo)
-    return load_faces(image_size)
-
-
 def list_images(folder):
-    """Yield (path, size, time of change) of each image below `folder`, with paths relative to it.
+    """Yield (path, size, modification time) of each image below `folder`; paths are relative.
 
-    What is hidden, and __MACOSX, is left out. Links are followed, but no folder is listed twice.
+    Hidden files and __MACOSX are left out. Links are followed, but no folder is listed twice.
     """
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -614,42 +680,65 @@ def list_images(folder):
         for name in files:
             if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS):
                 path = os.path.join(place, name)
-                # A link to nowhere counts as an image, to be named when it is read.
+                # A broken link is listed, too, so that decoding reports it.
                 status = os.stat(path, follow_symlinks=os.path.exists(path))
                 yield str(inner / name), status.st_size, status.st_mtime_ns
-
-
-def has_images(folder):
-    return next(list_images(folder), None) is not None
 
 
 def read_face(path, size):
     """The image at `path` as uint8 (3, size, size): its largest centre square, antialiased.
 
-    Raises what Pillow does for a damaged file, or for a small one that claims a huge size.
+    Raises Pillow's errors for damaged files and for decompression bombs.
     """
     with warnings.catch_warnings(action="ignore"):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(path) as image:
             image.draft(None, (size, size))  # libjpeg may decode at 1/2, 1/4 or 1/8, not smaller
             ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
                 image = image.convert("I").point(lambda value: value / 256, "F")
             image = image.convert("RGB")
     square = center_crop(image, min(image.size))
     return pil_to_tensor(square.resize((size, size), Image.Resampling.BILINEAR))
 
 
-class FaceFolder(ImageFolder):
-    """torchvision's ImageFolder that needs no class folders: of `names` below `root`.
+DECODER = "centre square, bilinear"  # change this text when you change what read_face returns
 
-    Items are the bytes of a face or, for a file that cannot be read, a str that says why.
+
+def load_faces(image_size):
+    """(faces, key): DATA_DIR's images as uint8 (N, 3, image_size, image_size), and their key.
+
+    They are mapped from a file in CACHE_DIR, which the first call fills. The key stands for the
+    files and how they were decoded. Raises UserError if there are no images, or if too many cannot
+    be read.
+    """
+    folder = Path(DATA_DIR)
+    with disk_errors(folder):
+        images = sorted(list_images(folder))[:MAX_IMAGES]
+    if not images:
+        text = f"DATA_DIR ({folder}) is not a folder with images"
+        raise UserError(f"{text}; put some there, or change DATA_DIR")
+    faces = FaceFolder(folder, images, image_size)
+    waiting = "another process is decoding these images; waiting for it"
+    lock = faces.cache.with_suffix(".lock")
+    return build_once(faces.open_cache, faces.fill_cache, lock, waiting), faces.key
+
+
+class FaceFolder(ImageFolder):
+    """torchvision's ImageFolder without class folders, and a cache of its decoded images.
+
+    `images` come from `list_images`. An item is the bytes of an image or, if its file cannot be
+    read, a string saying why. The cache is a file in CACHE_DIR, in NumPy's format. Another folder,
+    other images or another size have another file.
     """
 
-    def __init__(self, root, names, image_size):
-        self.names = names
-        self.image_size = image_size
-        super().__init__(root)
+    def __init__(self, folder, images, image_size):
+        self.names = [name for name, *_ in images]
+        self.shape = (3, image_size, image_size)
+        super().__init__(folder)
+        self.key = digest(f"{images} {DECODER}, {image_size}")
+        place = digest(str(folder.resolve()))
+        self.cache = Path(CACHE_DIR) / f"faces-{place[:8]}-{self.key[:16]}-{image_size}.npy"
 
     def find_classes(self, directory):
         return ["face"], {"face": 0}
@@ -659,134 +748,84 @@ class FaceFolder(ImageFolder):
 
     def __getitem__(self, index):
         path, _ = self.samples[index]
-        if not os.path.isfile(path):  # a pipe would be waited for without end
-            return "no regular file"
+        if not os.path.isfile(path):  # reading a pipe would wait forever
+            return "not a regular file"
         try:
-            return read_face(path, self.image_size).numpy().tobytes()
+            return read_face(path, self.shape[-1]).numpy().tobytes()
         except Exception as error:  # Pillow raises almost anything for a broken file
             return f"{type(error).__name__}: {error}"
 
-
-def load_faces(image_size):
-    """(faces, key): DATA_DIR's images as uint8 (N, 3, image_size, image_size), and their key.
-
-    They are mapped from a file in CACHE_DIR, into which the first call decodes them. The key stands
-    for the files and what was done to them. Raises UserError if there are no images, or too many
-    that cannot be read.
-    """
-    folder = Path(DATA_DIR)
-    with disk_errors(folder):
-        if not folder.is_dir():
-            raise UserError(f"DATA_DIR ({folder}) is no folder; give one that holds images")
-        images = sorted(list_images(folder))[:MAX_IMAGES]
-    if not images:
-        raise UserError(f"DATA_DIR ({folder}) holds no images; put some there, or change DATA_DIR")
-    key = data_key(images, image_size)
-    path = cache_path(folder, key, image_size)
-    faces = build_once(
-        lambda: open_cache(path, image_size),
-        lambda: decode(folder, [name for name, *_ in images], image_size, path),
-        path.with_suffix(".lock"),
-        "another process is decoding these images; waiting for it",
-    )
-    return faces, key
-
-
-def data_key(images, image_size):
-    """A hash of these (path, size, time of change) and of how the images are cut and scaled."""
-    text = f"{images} centre square, bilinear, {image_size}"
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-def cache_path(folder, key, image_size):
-    """The cache file. Another folder, other images or another size give another file."""
-    place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()
-    return Path(CACHE_DIR) / f"faces-{place[:8]}-{key[:16]}-{image_size}.npy"
-
-
-def open_cache(path, image_size):
-    """Map the faces of a cache file. None if there is none, or if it is not whole."""
-    if not path.exists():
-        return None
-    with warnings.catch_warnings(action="ignore"):  # that nobody may write to the tensor
+    def open_cache(self):
+        """Map the images (N, 3, S, S). None if there is no file, or if it is damaged."""
         try:
-            with disk_errors(path):
-                faces = np.lib.format.open_memmap(path, mode="r")
-            if faces.dtype != np.uint8 or faces.shape[1:] != (3, image_size, image_size):
-                raise ValueError("it is of something else")
-            return torch.from_numpy(faces)
-        except SystemFailure:
-            raise
-        except Exception:  # what a damaged header leads to
-            say(f"{path} is damaged; decoding the images again")
+            with damage_errors(f"{self.cache} is damaged"), disk_errors(self.cache):
+                if not self.cache.exists():
+                    return None
+                with warnings.catch_warnings(action="ignore"):  # that the file is read-only
+                    faces = torch.from_numpy(np.lib.format.open_memmap(self.cache, mode="r"))
+                if faces.dtype != torch.uint8 or faces.shape[1:] != self.shape:
+                    raise ValueError("it holds something else")
+                return faces
+        except UserError as error:
+            say(f"{error}; decoding the images again")
             return None
 
+    def fill_cache(self):
+        """Decode all images. Names, skips and counts those that cannot be read."""
+        count, skipped = len(self), 0
+        need_space(self.cache.parent, count * math.prod(self.shape), "decoding the images")
+        bar = progress_bar(self.decode(), count, "decoding", " images")
+        with replacing(self.cache) as file:
+            self.write_header(file, count)
+            for item, name in zip(bar, self.names):
+                if isinstance(item, bytes):
+                    file.write(item)
+                    continue
+                skipped += 1
+                if skipped <= 100:
+                    say(f"skipped {os.path.join(self.root, name)!r}: {item!r}")
+                if skipped * 10 > count:
+                    raise UserError(
+                        f"more than one in ten of the {count:,} images in {self.root} cannot be "
+                        f"read, the last of them {name!r}; repair or remove them"
+                    )
+            self.write_header(file, count - skipped)
+        if skipped:
+            say(f"skipped {skipped} of {plural(count, 'image')}")
 
-def decode(folder, names, image_size, path):
-    """Decode images into a new cache file. Names, skips and counts those that cannot be read."""
-    need_space(path.parent, len(names) * 3 * image_size**2, "decoding the images")
-    bar = progress_bar(total=len(names), desc="decoding", unit=" images")
-    skipped = 0
-    with bar, replacing(path) as file:
-        write_cache_header(file, len(names), image_size)
-        for name, face in zip(names, decoded_faces(folder, names, image_size)):
-            bar.update()
-            if isinstance(face, bytes):
-                file.write(face)
-                continue
-            skipped += 1
-            if skipped <= 100:
-                say(f"skipped {os.path.join(folder, name)!r}: {face!r}")
-            if skipped * 10 > len(names):
-                raise UserError(
-                    f"more than one in ten of the {len(names):,} images in {folder} cannot be "
-                    f"read, the last {name!r}; mend or remove them"
-                )
-        write_cache_header(file, len(names) - skipped, image_size)
-    if skipped:
-        say(f"skipped {skipped} of {len(names):,} images")
+    def write_header(self, file, count):
+        """Write the start of the cache. Its length does not depend on `count`."""
+        file.seek(0)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (count, *self.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
 
-
-def write_cache_header(file, images, image_size):
-    """Begin a file in NumPy's format, .npy. The header's length does not depend on `images`."""
-    shape = (images, 3, image_size, image_size)
-    file.seek(0)
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
-def decoded_faces(folder, names, image_size):
-    """Yield the items of a FaceFolder, in order, read by WORKERS processes."""
-    workers = usable_cores() if WORKERS is None else WORKERS
-    # With None allowed, asking does not fix the method, which a notebook may still want to set.
-    method = multiprocessing.get_start_method(allow_none=True)
-    method = method or multiprocessing.get_all_start_methods()[0]  # the first is the default
-    if method != "fork":  # each worker imports torch anew
-        workers = min(workers, 8)
-    workers = min(workers, math.ceil(len(names) / 64))
-    faces = FaceFolder(folder, names, image_size)
-    # Workers send bytes through pipes: tensors would go through shared memory, 64 MB in Docker.
-    context = method if workers else None
-    options = {"num_workers": workers, "multiprocessing_context": context}
-    loader = torch.utils.data.DataLoader(faces, 64, collate_fn=list, **options)
-    try:
-        for batch in loader:
-            yield from batch
-    except RuntimeError as error:  # the system has killed a worker
-        raise SystemFailure(f"decoding failed ({one_line(error)}); try fewer WORKERS") from None
+    def decode(self):
+        """Yield all items in order, read by WORKERS processes."""
+        workers = usable_cores() if WORKERS is None else WORKERS
+        # With allow_none, asking does not set the method, which a notebook may still want to do.
+        method = multiprocessing.get_start_method(allow_none=True)
+        method = method or multiprocessing.get_all_start_methods()[0]  # the first is the default
+        most = math.inf if method == "fork" else 8  # with others, each worker imports torch
+        workers = min(workers, most, math.ceil(len(self) / 64))
+        # Workers send bytes through pipes: tensors would go through shared memory, 64 MB in Docker.
+        options = {"num_workers": workers, "multiprocessing_context": method if workers else None}
+        try:
+            for batch in torch.utils.data.DataLoader(self, 64, collate_fn=list, **options):
+                yield from batch
+        except RuntimeError as error:  # the system has killed a worker
+            raise SystemFailure(f"decoding failed ({one_line(error)}); try fewer WORKERS") from None
 
 
 class Batches:
-    """The training batches of `faces`: a function of (SEED, epoch, step) alone.
+    """The training batches of `faces`, which depend on SEED, epoch and step only.
 
-    So a resumed run sees what an untouched one would, and a checkpoint needs no random states. Of
-    several processes each draws the numbers of the whole batch and takes its share of them.
+    So a resumed run sees what an uninterrupted one would, and checkpoints need no random states.
+    With several processes, each draws the numbers of the whole batch and takes its share of them.
     """
 
     def __init__(self, faces, device):
         self.faces = faces
         self.device = device
-        self.count = len(faces)
         self.steps = len(faces) // BATCH_SIZE  # full batches only
         if self.steps == 0:
             raise UserError(
@@ -801,452 +840,27 @@ class Batches:
         share = BATCH_SIZE // WORLD_SIZE
         mine = slice(RANK * share, (RANK + 1) * share)
         shuffle = torch.Generator().manual_seed(seed_for("order", epoch))
-        order = torch.randperm(self.count, generator=shuffle).to(self.faces.device)
+        order = torch.randperm(len(self.faces), generator=shuffle).to(self.faces.device)
         batches = order.split(BATCH_SIZE)
-        stream = torch.Generator(self.device)
+        rng = torch.Generator(self.device)
         for step in range(first_step, self.steps):
-            stream.manual_seed(seed_for("step", epoch, step))
-            numbers = {"generator": stream, "device": self.device}
+            rng.manual_seed(seed_for("step", epoch, step))
+            numbers = {"generator": rng, "device": self.device}
             latents = torch.randn(BATCH_SIZE, LATENT_SIZE, 1, 1, **numbers)
             flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < 0.5
             faces = self.faces.index_select(0, batches[step][mine])
             if self.device.type == "cuda" and not faces.is_cuda:
                 # From pinned memory, the copy runs while the CPU continues. Only on CUDA: such
-                # copies to MPS fail or are wrong (PyTorch's issues 86060 and 189690).
+                # copies to MPS fail or are wrong (PyTorch issues 86060 and 189690).
                 faces = faces.pin_memory().to(self.device, non_blocking=True)
             yield faces.to(self.device), flips[mine], latents[mine]
 
+    def reals(self, chosen):
+        """The real images with the numbers `chosen`, (N, 3, H, W) in [0, 1], on the CPU."""
+        return self.faces[chosen].cpu().float() / 255
 
-# ------------------------------------------------------------------------------------- checkpoints
 
-NETWORK_SETTINGS = ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES", "D_FEATURES")
-NETWORKS = ("generator", "discriminator", "average")
-ORDER_SETTINGS = ("BATCH_SIZE", "SEED", "MAX_IMAGES")
-NOT_FINITE = (
-    "likely causes: a LEARNING_RATE that is too high, or PRECISION float16; lower the one or set "
-    "the other to float32, and run again, which goes on from the last checkpoint"
-)
-
-
-@dataclass
-class Progress:
-    """Where a run stands."""
-
-    epoch: int = 0  # epochs that are whole
-    step: int = 0  # steps of the next one
-    interval: int = 0  # steps since the last row of metrics.csv
-
-
-def checkpoint_state(run):
-    """All that a run is made of, in plain Python and tensors.
-
-    Raises UserError if a weight or a loss is not finite: such a state is never saved.
-    """
-    trainer = run.trainer
-    trainer.settled_average()
-    networks = {name: getattr(trainer, name).state_dict() for name in NETWORKS}
-    for name, tensors in networks.items():
-        finite = [tensor.isfinite().all() for tensor in (trainer.totals, *tensors.values())]
-        if not torch.stack(finite).all():
-            epoch = run.progress.epoch + 1
-            text = f"the {name} or a loss is not finite in epoch {epoch}; {NOT_FINITE}"
-            raise UserError(text, status=1)
-    descents = (trainer.generator_descent, trainer.discriminator_descent)
-    return {
-        "settings": setting_values(),
-        "data": run.data_key,
-        "fixed_noise": run.fixed_noise,
-        "images": trainer.images,
-        "rows": [list(row) for row in run.rows],
-        "quality": [list(row) for row in run.quality],
-        "totals": trainer.totals.tolist(),
-        "optimizers": [descent.optimizer.state_dict() for descent in descents],
-        "scalers": [descent.scaler.state_dict() for descent in descents],
-        **networks,
-        **asdict(run.progress),
-    }
-
-
-def save_generator(state, row):
-    """Write generator.pt: the averaged generator, what builds it, and how good its faces are."""
-    small = {name: state[name] for name in ("epoch", "images", "average")}
-    small["settings"] = {name: state["settings"][name] for name in NETWORK_SETTINGS}
-    small["distance"] = row.distance
-    write_file(Path(OUTPUT_DIR) / "generator.pt", lambda file: torch.save(small, file))
-
-
-def save_checkpoint(state):
-    """Write checkpoint.pt; the one before becomes checkpoint.previous.pt."""
-    path = Path(OUTPUT_DIR) / "checkpoint.pt"
-    previous = path.with_name("checkpoint.previous.pt")
-    write_file(path, lambda file: torch.save(state, file), previous)
-
-
-def load_safely(path):
-    """What torch.save wrote to `path`, on the CPU; nothing in it is run.
-
-    Raises UserError if it is damaged. torch.load does not notice flipped bits, but such a file is a
-    zip, which has checksums.
-    """
-    try:
-        if not Path(path).is_file():
-            raise UserError(f"there is no file {path}")
-        with zipfile.ZipFile(path) as archive:
-            if any(member.compress_type for member in archive.infolist()) or archive.testzip():
-                raise ValueError("a checksum is wrong")
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise SystemFailure(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # a damaged zip or pickle raises almost anything
-        if out_of_memory(error):
-            raise
-        text = f"{path} is damaged, or not from torch.save ({one_line(error)})"
-        raise UserError(text) from error
-
-
-def read_checkpoint(path):
-    """The state in a checkpoint.pt or generator.pt.
-
-    Raises UserError if the file is damaged or something else.
-    """
-    state = load_safely(path)
-    try:
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        if "ema" in state:  # from an earlier version
-            state["average"] = state.pop("ema")
-        for name in NETWORK_SETTINGS:
-            checked(name, state["settings"][name])
-        COUNT.parse(state["epoch"])
-        COUNT.parse(state["images"])
-        build_generator(state)
-    except Exception as error:  # whatever another program's file leads to
-        if out_of_memory(error):
-            raise
-        text = f"{path} is no checkpoint of dcgan.py ({one_line(error)})"
-        raise UserError(text) from error
-    return state
-
-
-def newest_checkpoint():
-    """The state to go on from, or None: of checkpoint.pt or, if need be, of the one before."""
-    path = Path(OUTPUT_DIR) / "checkpoint.pt"
-    previous = path.with_name("checkpoint.previous.pt")
-    if not path.exists():
-        return read_checkpoint(previous) if previous.exists() else None
-    try:
-        return read_checkpoint(path)
-    except UserError as error:
-        if not previous.exists():
-            raise UserError(f"{error}; move it away to start afresh") from None
-        state = read_checkpoint(previous)
-        path.replace(path.with_name("checkpoint.damaged.pt"))
-        say(f"{error}: it is now checkpoint.damaged.pt, and checkpoint.previous.pt is used")
-        return state
-
-
-def restore(run, state):
-    """Put a checkpoint's state into `run`, and say what has changed since.
-
-    Raises UserError if its networks are not of today's settings, or if the state is not whole.
-    """
-    then, now = state["settings"], setting_values()
-    for name in NETWORK_SETTINGS:
-        if then[name] != now[name]:
-            raise UserError(
-                f"{name} is {now[name]}, and the run in {OUTPUT_DIR} has {then[name]}; set it back "
-                "or choose another OUTPUT_DIR"
-            )
-    try:
-        changed = [name for name in now if name in then and then[name] != now[name]]
-        same_order = state.get("data") == run.data_key and not set(changed) & set(ORDER_SETTINGS)
-        restore_trainer(run.trainer, state)
-        restore_progress(run, state, same_order)
-    except Exception as error:  # whatever a file that is not whole leads to
-        if out_of_memory(error):
-            raise
-        text = f"the checkpoint in {OUTPUT_DIR} is not whole ({one_line(error)}); move it away"
-        raise UserError(text) from error
-
-    if changed:
-        changes = [f"{name} {then[name]} -> {now[name]}" for name in changed]
-        say("changed since the checkpoint: " + ", ".join(changes))
-    epoch = run.progress.epoch + 1
-    if state["step"] and not same_order:
-        say(f"the order of the images has changed: epoch {epoch} begins again")
-    at = f"epoch {epoch}, step {run.progress.step + 1}"
-    if run.progress.step == run.steps:  # a signal came in the epoch's last step
-        at = f"the end of epoch {epoch}"
-    say(f"going on from {OUTPUT_DIR}/checkpoint.pt: {at}")
-
-
-def restore_trainer(trainer, state):
-    for name in NETWORKS:
-        getattr(trainer, name).load_state_dict(state[name])
-    descents = (trainer.generator_descent, trainer.discriminator_descent)
-    for descent, saved in zip(descents, state["optimizers"], strict=True):
-        restore_optimizer(descent.optimizer, saved["state"])
-    for descent, saved in zip(descents, state["scalers"], strict=True):
-        if saved and descent.scaler.is_enabled():
-            descent.scaler.load_state_dict(saved)
-    trainer.images = COUNT.parse(state["images"])
-
-
-def restore_optimizer(optimizer, saved):
-    """Load the moments alone, in the weights' memory format.
-
-    The saved groups would bring back the old learning rate, and a new setting had no effect.
-    """
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": saved, "param_groups": groups})
-    for parameter, moments in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            moments[name] = torch.empty_like(parameter).copy_(moments[name])
-        moments["step"] = moments["step"].reshape(())  # older PyTorch saved (1,)
-
-
-def restore_progress(run, state, same_order):
-    """Where the run stood. If the images come in another order now, a half-done epoch is undone."""
-    run.fixed_noise.copy_(state["fixed_noise"])
-    run.progress = Progress(*(COUNT.parse(state[name]) for name in ("epoch", "step", "interval")))
-    run.rows = [Row(*map(int, row[:3]), *map(float, row[3:])) for row in state["rows"]]
-    for epoch, images, distance, floor, best in state.get("quality", []):
-        row = Quality(int(epoch), int(images), float(distance), float(floor), int(best))
-        run.quality.append(row)
-    if same_order:
-        run.trainer.totals.copy_(torch.tensor(state["totals"]))
-    else:
-        run.progress = Progress(run.progress.epoch)
-        run.rows = [row for row in run.rows if row.epoch <= run.progress.epoch]
-
-
-# ----------------------------------------------------------------------------- pictures and advice
-
-FILM_BYTES = 3_000_000  # training.gif is not larger, so that it can be sent
-
-
-def to_bytes(images):
-    """Images in [0, 1] as uint8, rounded: what files hold, and what `evaluate` measures."""
-    return images.mul(255).round().byte()
-
-
-def grid(images, columns=8):
-    """Images (N, 3, H, W) in [0, 1] as one PIL picture."""
-    return to_pil_image(make_grid(to_bytes(images.cpu()), columns))
-
-
-def save_picture(picture, path):
-    write_file(path, lambda file: picture.save(file, "PNG"))
-
-
-def save_gif(pictures, path, duration):
-    """A film that begins anew at its end, of PIL pictures that are each shown for `duration` ms."""
-    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "duration": duration}
-    write_file(path, lambda file: pictures[0].save(file, "GIF", **options))
-
-
-DISTANCE_IMAGES = 2_048  # that a distance is measured on, and as many real ones
-
-
-@torch.no_grad()
-def face_distance(fakes, reals):
-    """How far `fakes` are from `reals`, both (N, 3, 32, 32) in [0, 1]: lower is better.
-
-    It is the Fréchet distance between what two layers of fixed random filters see in them, so it
-    needs no trained network. It keeps where things are, on a raster of 4 × 4. Each feature is
-    scaled by its spread among the reals: copies of one image are at about 1. How far reals are from
-    other reals is its floor.
-    """
-    if len(reals) < 2:
-        return math.inf
-    stream = torch.Generator().manual_seed(0)
-    for channels in (3, 32):
-        filters = torch.randn(32, channels, 3, 3, generator=stream)
-        bias = 0.3 * torch.randn(32, 1, 1, generator=stream)
-        fakes = F.conv2d(fakes, filters, stride=2, padding=1)
-        reals = F.conv2d(reals, filters, stride=2, padding=1)
-        spread, mean = torch.std_mean(reals, (0, 2, 3), keepdim=True)
-        spread = spread.clamp_min(1e-6)
-        fakes = F.leaky_relu((fakes - mean) / spread + bias, 0.2)
-        reals = F.leaky_relu((reals - mean) / spread + bias, 0.2)
-    fakes = F.adaptive_avg_pool2d(fakes, 4).flatten(1).double()
-    reals = F.adaptive_avg_pool2d(reals, 4).flatten(1).double()
-    spread = reals.std(0)
-    varied = spread > 1e-6  # a white corner tells nothing
-    if not varied.any():  # nor do copies of one image
-        return math.inf
-    fakes = fakes[:, varied] / spread[varied]
-    reals = reals[:, varied] / spread[varied]
-    try:
-        return frechet_distance(fakes, reals) / len(spread[varied])
-    except torch.linalg.LinAlgError:  # too many images are copies of others
-        return math.inf
-
-
-def shrunk(batches):
-    """Batches of images (N, 3, H, W) as one of (N, 3, 32, 32), on the CPU."""
-    return torch.cat([F.adaptive_avg_pool2d(batch, 32).cpu() for batch in batches])
-
-
-def frechet_distance(one, two):
-    """Between Gaussians with the means and covariances of two sets of features (N, D)."""
-    covariance_one, covariance_two = torch.cov(one.T), torch.cov(two.T)
-    values, vectors = torch.linalg.eigh(covariance_one)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # of covariance_one
-    cross = torch.linalg.eigvalsh(root @ covariance_two @ root).clamp_min(0).sqrt().sum()
-    shift = (one.mean(0) - two.mean(0)).square().sum()
-    return (shift + covariance_one.trace() + covariance_two.trace() - 2 * cross).item()
-
-
-@contextmanager
-def figure_file(name, width, height):
-    """A matplotlib figure to draw on, which is then saved in OUTPUT_DIR. No window takes part."""
-    backend = os.environ.get("MPLBACKEND", "").partition("module://")[2]
-    if backend and importlib.util.find_spec(backend.partition(".")[0]) is None:
-        del os.environ["MPLBACKEND"]  # what Colab starts inherits one that it cannot import
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    yield figure
-    write_file(Path(OUTPUT_DIR) / name, lambda file: figure.savefig(file, format="png"))
-
-
-def draw_pictures(run, fakes, now=False):
-    """losses.png, real_vs_fake.png and training.gif, if they are two minutes old, or `now`.
-
-    `now` is at the end of a run, where a notebook shows the losses. `fakes`: the samples of the run
-    so far, (64, 3, H, W) in [0, 1].
-    """
-    old = perf_counter() - run.drawn_at > 120
-    if RANK > 0 or not run.rows or not (old or now):
-        return
-    run.drawn_at = perf_counter()
-    draw_losses(run.steps, run.rows, run.quality)
-    epochs = run.progress.epoch + run.progress.step / run.steps
-    with figure_file("real_vs_fake.png", 11, 6) as figure:
-        left, right = figure.subplots(1, 2)
-        left.set_title("real")
-        left.imshow(grid(run.reals))
-        right.set_title(f"generated, after {round(epochs, 2):g} epochs")
-        right.imshow(grid(fakes))
-        for axes in (left, right):
-            axes.axis("off")
-    draw_film(run.progress.epoch)
-    if now:
-        with Image.open(Path(OUTPUT_DIR) / "losses.png") as picture:
-            show(picture)
-
-
-def draw_losses(steps, rows, quality):
-    """losses.png from the rows of metrics.csv, `steps` an epoch: raw values, and running means.
-
-    Below them, the distances of quality.csv; the epoch of generator.pt is marked.
-    """
-    columns = Row(*zip(*rows))
-    epochs = [row.epoch - 1 + row.step / steps for row in rows]
-    late = rows[len(rows) // 20 :]  # the first steps' losses would dwarf the rest
-    highest = max(row.loss_d + row.loss_g for row in late)
-    with figure_file("losses.png", 9, 10) as figure:
-        upper, middle, lower = figure.subplots(3, 1, sharex=True)
-        draw_curve(upper, epochs, columns.loss_d, "C0", "discriminator")
-        draw_curve(upper, epochs, columns.loss_g, "C1", "generator")
-        draw_curve(middle, epochs, columns.d_real, "C2", "D(x), of real images")
-        draw_curve(middle, epochs, columns.d_fake, "C3", "D(G(z)), of fakes")
-        upper.set_title("healthy: both wander; a slowly rising generator loss is no failure")
-        upper.set(ylabel="loss", ylim=(0, highest))
-        middle.set_title("healthy: apart, but not at 1 and 0, where the discriminator has won")
-        middle.set(ylabel='probability of "real"', ylim=(-0.02, 1.02))
-        lower.set_title("how far the faces are from real ones; real ones from others: the line")
-        lower.set(ylabel="distance", xlabel="epoch", yscale="log")
-        if quality:
-            measured = Quality(*zip(*quality))
-            best = measured.epoch.index(measured.best[-1])
-            lower.plot(measured.epoch, measured.distance, "C4o-", label="averaged generator")
-            lower.plot(measured.best[-1], measured.distance[best], "r*", label="generator.pt")
-            lower.axhline(measured.floor[-1], color="grey")
-        for axes in figure.axes:
-            axes.grid(alpha=0.2)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=9)
-
-
-def draw_curve(axes, epochs, values, colour, label):
-    raw = torch.tensor(values)
-    window = len(values) // 100 * 2 + 1  # odd, to be centred
-    smooth = F.avg_pool1d(raw[None], window, 1, window // 2, count_include_pad=False)
-    axes.plot(epochs, raw, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(epochs, smooth[0], color=colour, label=label)
-
-
-def draw_film(epochs):
-    """training.gif: 25 faces of each grid in samples/, up to `epochs`."""
-    folder = Path(OUTPUT_DIR) / "samples"
-    paths = [folder / f"epoch_{epoch:03d}.png" for epoch in range(epochs + 1)]
-    paths = [path for path in paths if path.exists()]
-    if not paths:
-        return
-    frame = io.BytesIO()
-    film_frame(paths[-1]).save(frame, "GIF")
-    stride = math.ceil(len(paths) / min(60, FILM_BYTES // frame.tell()))
-    shown = paths[::-stride][::-1]  # counted from the last one, which is always shown
-    times = [max(60, 3000 // len(shown))] * len(shown)
-    times[-1] = 2500
-    save_gif([film_frame(path) for path in shown], Path(OUTPUT_DIR) / "training.gif", times)
-
-
-def film_frame(path):
-    """25 faces cut from a grid's file, and the epoch written below them."""
-    frame = Image.new("RGB", (332, 352), "white")
-    with Image.open(path) as picture:
-        side = picture.width * 5 // 8
-        faces = picture.convert("RGB").crop((0, 0, side, side))
-    frame.paste(faces.resize((332, 332), Image.Resampling.BILINEAR))
-    ImageDraw.Draw(frame).text((8, 336), path.stem.replace("_", " "), "black")
-    return frame.quantize(128, dither=Image.Dither.NONE)
-
-
-def advice(rows, diversity_share):
-    """Yield a line for each thing that goes wrong.
-
-    `rows`: an epoch's, of metrics.csv; `diversity_share`: diversity of fakes, divided by reals'.
-    """
-    d_real = sum(row.d_real for row in rows) / len(rows)
-    d_fake = sum(row.d_fake for row in rows) / len(rows)
-    if d_real > 0.97 and d_fake < 0.03:
-        yield (
-            f"the discriminator has won: D(x) is {d_real:.3f} and D(G(z)) {d_fake:.3f} on average, "
-            "so the generator learns little; lower D_LEARNING_RATE, raise R1_GAMMA to 0.1 or 1, "
-            "and keep BETA1 at 0"
-        )
-    if diversity_share < 0.3:
-        yield (
-            f"the samples look alike (mode collapse): their diversity is {diversity_share:.2f} of "
-            "the real images'; lower LEARNING_RATE, raise BATCH_SIZE, or start afresh with another "
-            "SEED and OUTPUT_DIR"
-        )
-
-
-def decline(quality):
-    """A line if the rows of quality.csv have been far worse than the best for long, else None."""
-    best = min(quality, key=lambda row: row.distance)
-    if len(quality) > 3 and min(row.distance for row in quality[-3:]) > 1.5 * best.distance:
-        return (
-            f"the faces have become worse: distance {quality[-1].distance:.3f}, after "
-            f"{best.distance:.3f} in epoch {best.epoch}; generator.pt holds the best, of epoch "
-            f"{quality[-1].best}; stop, or go on with a lower LEARNING_RATE"
-        )
-    return None
-
-
-def diversity(images):
-    """How much images (N, 3, H, W) differ: their standard deviation, over 8 × 8 patches."""
-    return F.adaptive_avg_pool2d(images.float(), 8).std(0).mean().item()
-
-
-# ---------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- records
 
 
 class Row(NamedTuple):
@@ -1269,12 +883,12 @@ class Row(NamedTuple):
 
 
 class Quality(NamedTuple):
-    """A row of quality.csv: how far the averaged generator's faces are from the real ones."""
+    """A row of quality.csv: how far the averaged generator's faces are from real ones."""
 
     epoch: int
     images: int  # real ones seen since the run began
-    distance: float  # `face_distance` of DISTANCE_IMAGES faces, of noise that stays the same
-    floor: float  # that of as many other real images
+    distance: float  # `face_distance` of DISTANCE_IMAGES faces, always of the same noise
+    floor: float  # the distance of as many other real images
     best: int  # the epoch of generator.pt
 
     def summary(self):
@@ -1283,274 +897,38 @@ class Quality(NamedTuple):
         )
 
 
-class Run:
-    """A training run: its Trainer, its Progress, the rows of metrics.csv, and when it reported."""
+class Table:
+    """A CSV file in OUTPUT_DIR. Its rows, of class `kind`, are kept in memory as well."""
 
-    def __init__(self, trainer, faces, data_key, steps):
-        self.trainer = trainer
-        self.faces = faces
-        self.reals = some_reals(faces)
-        self.data_key = data_key
-        self.steps = steps  # an epoch
-        self.progress = Progress()
+    def __init__(self, name, kind):
+        self.name = name
+        self.kind = kind
         self.rows = []
-        self.quality = []
-        self.saved_at = self.spoke_at = perf_counter()
-        self.timed = (perf_counter(), 0)  # a moment, and how many images had been seen then
-        self.drawn_at = -math.inf
-        self.reports = 0
-        self.shown = None  # where a notebook shows the samples
-        stream = torch.Generator().manual_seed(seed_for("samples"))
-        noise = torch.randn(64, LATENT_SIZE, 1, 1, generator=stream)
-        self.fixed_noise = noise.to(trainer.device)  # the samples are drawn from it, always
 
-    def log(self):
-        """End an interval: its means as a Row, which is kept and appended to metrics.csv.
-
-        Raises UserError if a loss is not finite.
-        """
-        progress, images = self.progress, self.trainer.images
-        means = self.trainer.fetch(progress.interval)
-        before, images_before = self.timed
-        self.timed = (perf_counter(), images)
-        speed = (images - images_before) / (perf_counter() - before)
-        row = Row(progress.epoch + 1, progress.step, images, *means, speed)
-        if not math.isfinite(row.loss_d + row.loss_g):
-            first = progress.step - progress.interval + 1
-            raise UserError(
-                f"a loss is not finite in epoch {row.epoch}, steps {first} to {row.step} (loss_d "
-                f"{row.loss_d}, loss_g {row.loss_g}); {NOT_FINITE}",
-                status=1,
-            )
+    def append(self, row):
+        """Add a row to the rows and to the file."""
         self.rows.append(row)
-        progress.interval = 0
-        path = Path(OUTPUT_DIR) / "metrics.csv"
         if RANK == 0:
-            with disk_errors(path), open(path, "ab") as file:
-                file.write(csv_lines([row]))
-        return row
+            append_rows(output_path(self.name), [row])
 
-    def save(self):
-        """Write checkpoint.pt."""
-        self.saved_at = perf_counter()
-        if RANK == 0:
-            save_checkpoint(checkpoint_state(self))
+    def write(self):
+        """Replace the file by one that holds all the rows."""
+        lines = csv_lines([self.kind._fields, *self.rows])
+        write_file(output_path(self.name), lambda file: file.write(lines))
 
+    def state_dict(self):
+        return [list(row) for row in self.rows]
 
-def train():
-    """Train on DATA_DIR, or go on from OUTPUT_DIR/checkpoint.pt; return generator.pt's path.
-
-    Raises UserError for a wrong setting or data set and for a loss that is not finite,
-    SystemFailure for network and disk and, when the work is saved, KeyboardInterrupt.
-    """
-    check_settings()
-    output = Path(OUTPUT_DIR)
-    with ExitStack() as stack:
-        state = None
-        if RANK == 0:
-            stack.enter_context(locked(output / ".lock"))
-            state = newest_checkpoint()
-        if state and state["epoch"] >= EPOCHS and WORLD_SIZE == 1:
-            say(
-                f"{output} holds a finished run of {state['epoch']} epochs; raise EPOCHS to go on, "
-                "or choose another OUTPUT_DIR to start afresh"
-            )
-            return output / "generator.pt"
-        if importlib.util.find_spec("matplotlib") is None:
-            text = "the module matplotlib is missing: pip install -r requirements.txt"
-            raise UserError(text, status=1)
-        device = pick_device()
-        faces, key = prepare_data(IMAGE_SIZE)
-        if WORLD_SIZE > 1:
-            state, key = join_processes(state, key, len(faces), device)
-        batches = Batches(faces, device)
-        run = Run(Trainer(device, pick_dtype(device)), faces, key, batches.steps)
-        announce(run.trainer, batches)
-        begin(run, state)
-        train_epochs(run, batches)
-        if WORLD_SIZE > 1:
-            dist.destroy_process_group()
-    say(
-        f"finished; see {output}/samples, and draw new faces: "
-        f"python dcgan.py generate --output-dir {output}"
-    )
-    return output / "generator.pt"
+    def load_state_dict(self, rows):
+        types = self.kind.__annotations__.values()
+        self.rows = [self.kind(*map(call, types, row)) for row in rows]  # each cell of its type
 
 
-def announce(trainer, batches):
-    """The first lines: on what it runs, with what."""
-    device = trainer.device
-    where = f"{device.type.upper()}, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        place = "it" if batches.faces.is_cuda else "disk"
-        where = f"{torch.cuda.get_device_name(device)}, images on {place}"
-    if WORLD_SIZE > 1:
-        where += f" × {WORLD_SIZE} processes"
-    dtype = str(trainer.dtype).removeprefix("torch.")
-    amount = f"{batches.count:,} images, {batches.steps:,} steps an epoch, {EPOCHS} epochs"
-    say(f"{where}, {dtype}; {amount}")
-
-
-def begin(run, state):
-    """Go on from a checkpoint's state, or show what comes out before training."""
-    if state:
-        restore(run, state)
-    else:
-        sample(run)
-    if RANK == 0:  # anew: rows after the checkpoint will come again
-        write_rows("metrics.csv", Row, run.rows)
-        write_rows("quality.csv", Quality, run.quality)
-
-
-def sample(run):
-    """Images (64, 3, H, W) in [0, 1] of the run's fixed noise, saved and, in a notebook, shown.
-
-    latest.png is always the newest grid; each whole epoch has one of its own as well.
-    """
-    trainer, progress = run.trainer, run.progress
-    fakes = images_from(trainer.settled_average(), run.fixed_noise, trainer.dtype)
-    if RANK == 0:
-        picture = grid(fakes)
-        folder = Path(OUTPUT_DIR) / "samples"
-        with suppress(SystemFailure):  # on Windows a viewer can hold it
-            save_picture(picture, folder / "latest.png")
-        if progress.step == 0:
-            save_picture(picture, folder / f"epoch_{progress.epoch:03d}.png")
-        run.shown = show(picture, run.shown)
-    return fakes
-
-
-def some_reals(faces):
-    """64 of the real images, always the same, (64, 3, H, W) in [0, 1]."""
-    stream = torch.Generator().manual_seed(seed_for("reals"))
-    chosen = torch.randperm(len(faces), generator=stream)[:64]
-    return faces.index_select(0, chosen).float() / 255
-
-
-def train_epochs(run, batches):
-    """Train to the last epoch, or to a signal: then save, and raise KeyboardInterrupt."""
-    progress = run.progress
-    with kept_signals() as signals:
-        while progress.epoch < EPOCHS:
-            whole = train_epoch(run, batches, signals)
-            if not whole:
-                save_and_show(run, now=True)
-                at = f"step {progress.step} of epoch {progress.epoch + 1}"
-                say(f"saved after {at}; the same command goes on from there")
-                raise KeyboardInterrupt(*signals)
-            progress.epoch += 1
-            progress.step = 0
-            end_epoch(run)
-
-
-def train_epoch(run, batches, signals):
-    """The steps that an epoch still has. Returns False if a signal came, in the last one too."""
-    progress = run.progress
-    run.timed = (perf_counter(), run.trainer.images)
-    name = f"epoch {progress.epoch + 1}/{EPOCHS}"
-    bar = progress_bar(total=batches.steps, initial=progress.step, desc=name, unit=" steps")
-    with bar:
-        for batch in batches.epoch(progress.epoch, progress.step):
-            run.trainer.advance(*batch)
-            progress.step += 1
-            progress.interval += 1
-            with suppress(OSError):  # the terminal may be gone
-                bar.update()
-
-            last = progress.step == batches.steps
-            row_due = last or progress.step % LOG_EVERY == 0
-            if row_due:
-                report(run, run.log(), bar)
-            if should_stop(signals, run.trainer.device, row_due):
-                return False
-            if not last and perf_counter() - run.saved_at > 60 * CHECKPOINT_MINUTES:
-                save_and_show(run)
-    return True
-
-
-def save_and_show(run, now=False):
-    """Within an epoch: save, first of all; then draw the samples and, as they are due, pictures."""
-    run.save()
-    if RANK == 0:
-        draw_pictures(run, sample(run), now)
-
-
-def report(run, row, bar):
-    """Show a row: on the bar or, without one, in a line a minute. After the first, an estimate."""
-    with suppress(OSError):  # the terminal may be gone
-        bar.set_postfix_str(row.summary())
-    if bar.disable and perf_counter() - run.spoke_at > 60:
-        say(f"epoch {row.epoch}/{EPOCHS}, step {row.step}/{bar.total}: {row.summary()}")
-        run.spoke_at = perf_counter()
-    run.reports += 1
-    if run.reports == 2:  # the first one has the warm-up in it
-        steps_left = (EPOCHS - run.progress.epoch) * bar.total - row.step
-        minutes = math.ceil(steps_left * BATCH_SIZE / row.images_per_second / 60)
-        duration = f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-        say(f"the run will take about {duration}; see {OUTPUT_DIR}/samples/latest.png meanwhile")
-
-
-def end_epoch(run):
-    """After an epoch: samples, the number for the faces, checkpoint, pictures, and advice."""
-    epoch = run.progress.epoch
-    fakes = sample(run)
-    new_best = measure(run)
-    if new_best:  # before the checkpoint: a run that is killed in between does this again
-        save_generator(checkpoint_state(run), new_best)
-    last = epoch == EPOCHS
-    if last or perf_counter() - run.saved_at > min(60, 60 * CHECKPOINT_MINUTES):
-        run.save()  # on a fast GPU, saving every epoch would take a twentieth of the time
-    draw_pictures(run, fakes, now=last)
-    measured = run.quality and run.quality[-1].epoch == epoch
-    news = [] if sys.stderr.isatty() else [run.rows[-1].summary()]
-    if measured:
-        news.append(run.quality[-1].summary())
-    if news:
-        say(f"epoch {epoch}/{EPOCHS}: {', '.join(news)}")
-    if measured and (line := decline(run.quality)):
-        say(f"after epoch {epoch}, {line}")
-    if run.trainer.images > 10_000:  # before that, nothing is amiss yet
-        rows = [row for row in run.rows if row.epoch == epoch]
-        share = diversity(fakes) / (diversity(run.reals) or 1)
-        for line in advice(rows, share):
-            say(f"after epoch {epoch}, {line}")
-
-
-MEASURE_EVERY = 25_000  # images at least, since it takes as long as to train on about 500
-TIE = 0.03  # nearer distances count as the same: twice what other noise changes
-
-
-def measure(run):
-    """Append a row to quality.csv, and return it if its generator is the best so far.
-
-    Short epochs are not all measured; the first and the last one are.
-    """
-    trainer, faces, epoch = run.trainer, run.faces, run.progress.epoch
-    measured = run.quality[-1].images if run.quality else -math.inf
-    if RANK > 0 or (epoch < EPOCHS and trainer.images - measured < MEASURE_EVERY):
-        return None
-    stream = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(faces), generator=stream)[: 2 * DISTANCE_IMAGES]
-    shown = (faces.index_select(0, part) / 255 for part in chosen.split(64))
-    reals, others = shrunk(shown).chunk(2)
-    latents = torch.randn(len(reals), LATENT_SIZE, 1, 1, generator=stream).to(trainer.device)
-    average = trainer.settled_average()
-    fakes = (images_from(average, part, trainer.dtype) for part in latents.split(64))
-    fakes = shrunk(fakes).nan_to_num()  # of a generator that is not finite, and will not be saved
-    distance = face_distance(fakes, reals)
-    floor = run.quality[0].floor if run.quality else face_distance(others, reals)
-    lowest = min((row.distance for row in run.quality), default=math.inf)
-    is_best = distance <= lowest * (1 + TIE)
-    best = epoch if is_best else run.quality[-1].best
-    run.quality.append(Quality(epoch, trainer.images, distance, floor, best))
-    write_rows("quality.csv", Quality, run.quality)
-    return run.quality[-1] if is_best else None
-
-
-def write_rows(name, kind, rows):
-    """Write a table in OUTPUT_DIR anew, with the names of its columns."""
-    lines = csv_lines([kind._fields, *rows])
-    write_file(Path(OUTPUT_DIR) / name, lambda file: file.write(lines))
+def append_rows(path, rows):
+    with disk_errors(path):
+        make_folder(path.parent)
+        with open(path, "ab") as file:
+            file.write(csv_lines(rows))
 
 
 def csv_lines(rows):
@@ -1561,27 +939,621 @@ def csv_lines(rows):
     return text.getvalue().encode()
 
 
-@contextmanager
-def kept_signals():
-    """A list to which Ctrl-C, SIGTERM and SIGHUP are added within `with`, instead of ending it.
+def saved_values(owner):
+    """{name: value} of the attributes that `owner.saved` names, for a checkpoint."""
+    values = {name: getattr(owner, name) for name in owner.saved}
+    return {
+        name: value.state_dict() if hasattr(value, "state_dict") else value
+        for name, value in values.items()
+    }
 
-    A second Ctrl-C raises KeyboardInterrupt at once.
+
+def restore_values(owner, state):
+    """Set the attributes that `owner.saved` names to the values in `state`.
+
+    A value that is not a tensor and has no load_state_dict is a whole number.
     """
-    received: list[int] = []
+    for name in owner.saved:
+        value = getattr(owner, name)
+        if hasattr(value, "load_state_dict"):
+            value.load_state_dict(state[name])
+        elif isinstance(value, torch.Tensor):
+            value.copy_(state[name])
+        else:
+            setattr(owner, name, parse(state[name], COUNT))
+
+
+class Timer:
+    """Limits how often something happens."""
+
+    def __init__(self, due_at_once=False):
+        self.last = -math.inf if due_at_once else perf_counter()
+
+    def due(self, seconds):
+        """Whether more than so many seconds have passed since it last returned True."""
+        now = perf_counter()
+        is_due = now - self.last > seconds
+        if is_due:
+            self.last = now
+        return is_due
+
+
+# ------------------------------------------------------------------------------------- checkpoints
+
+NETWORK_SETTINGS = ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES", "D_FEATURES")
+ORDER_SETTINGS = ("BATCH_SIZE", "SEED", "MAX_IMAGES")
+
+
+def save_generator(state, row):
+    """Write generator.pt: the averaged generator, what builds it, and how good its faces are."""
+    small = {name: state[name] for name in ("epoch", "images", "average")}
+    small["settings"] = {name: state["settings"][name] for name in NETWORK_SETTINGS}
+    small["distance"] = row.distance
+    write_file(output_path("generator.pt"), lambda file: torch.save(small, file))
+
+
+def save_checkpoint(state):
+    """Write checkpoint.pt; the one before becomes checkpoint.previous.pt."""
+    path, previous = output_path("checkpoint.pt"), output_path("checkpoint.previous.pt")
+    write_file(path, lambda file: torch.save(state, file), previous)
+
+
+def read_checkpoint(path):
+    """The state in a checkpoint.pt or generator.pt, on the CPU. No code in the file is run.
+
+    Raises UserError if the file is damaged or something else.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}")
+    with damage_errors(f"{path} is damaged, or was not written by torch.save"), disk_errors(path):
+        # torch.load does not notice flipped bits, but the file is a zip, which has checksums.
+        with zipfile.ZipFile(path) as archive:
+            if any(member.compress_type for member in archive.infolist()) or archive.testzip():
+                raise ValueError("a checksum is wrong")
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    with damage_errors(f"{path} is not a checkpoint of dcgan.py"):
+        rename_old_fields(state)
+        for name in NETWORK_SETTINGS:
+            checked(name, state["settings"][name])
+        for name in ("epoch", "images"):
+            state[name] = parse(state[name], COUNT)
+        build_generator(state)  # raises an error if the weights do not fit
+    return state
+
+
+def rename_old_fields(state):
+    """Give the fields of a checkpoint of an earlier version today's names, in place."""
+    if "optimizers" in state:
+        saved = zip(Trainer.optimizers, state.pop("optimizers"), state.pop("scalers"))
+        for name, adamw, scaler in saved:
+            state[name] = {"moments": adamw["state"], "scaler": scaler}
+        state["metrics"] = state.pop("rows")
+        state["totals"] = torch.tensor([*state["totals"], state.pop("interval")])
+
+
+def newest_checkpoint():
+    """The state in checkpoint.pt or, if that is damaged, in checkpoint.previous.pt; or None."""
+    path, previous = output_path("checkpoint.pt"), output_path("checkpoint.previous.pt")
+    if not path.exists():
+        return read_checkpoint(previous) if previous.exists() else None
+    try:
+        return read_checkpoint(path)
+    except UserError as error:
+        if not previous.exists():
+            raise UserError(f"{error}; rename it to start a new run") from None
+        state = read_checkpoint(previous)
+        path.replace(output_path("checkpoint.damaged.pt"))
+        say(f"{error}; renamed it to checkpoint.damaged.pt, and using checkpoint.previous.pt")
+        return state
+
+
+# ----------------------------------------------------------------------------- pictures and advice
+
+ANIMATION_FRAMES = 25  # of 140 kB at most: training.gif stays small enough to send
+DISTANCE_IMAGES = 2_048  # generated and real images that a distance is measured on
+
+
+def to_bytes(images):
+    """Images in [0, 1] as uint8, rounded: what files hold, and what `evaluate` measures."""
+    return images.mul(255).round().byte()
+
+
+def grid(images, columns=8):
+    """Images (N, 3, H, W), or one (3, H, W), in [0, 1] as one PIL picture."""
+    return to_pil_image(make_grid(to_bytes(images.cpu()), columns))
+
+
+def save_picture(picture, path):
+    write_file(path, lambda file: picture.save(file, "PNG"))
+
+
+def save_gif(pictures, path, duration):
+    """A looping animation of PIL pictures, each shown for `duration` milliseconds."""
+    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "duration": duration}
+    write_file(path, lambda file: pictures[0].save(file, "GIF", **options))
+
+
+@torch.no_grad()
+def face_distance(fakes, reals):
+    """How far `fakes` are from `reals`, both (N, 3, 32, 32) in [0, 1]: lower is better.
+
+    It is the Fréchet distance between features of the two sets. Two convolutions with fixed random
+    filters make the features, averaged on a 4 × 4 grid, so no trained network is needed. Each
+    feature is divided by its standard deviation over the reals: copies of one image are at 1 to 2.
+    The distance of reals from other reals is the floor.
+    """
+    if len(reals) < 2:
+        return math.inf
+    rng = torch.Generator().manual_seed(0)
+    both = [fakes, reals]
+    for channels in (3, 32):
+        filters = torch.randn(32, channels, 3, 3, generator=rng)
+        bias = 0.3 * torch.randn(32, 1, 1, generator=rng)
+        both = [F.conv2d(images, filters, stride=2, padding=1) for images in both]
+        spread, mean = torch.std_mean(both[1], (0, 2, 3), keepdim=True)
+        spread = spread.clamp_min(1e-6)
+        both = [F.leaky_relu((images - mean) / spread + bias, 0.2) for images in both]
+    both = [F.adaptive_avg_pool2d(images, 4).flatten(1).double() for images in both]
+    spread = both[1].std(0)
+    varied = spread > 1e-6  # a constant feature says nothing
+    if not varied.any():  # all are copies of one image
+        return math.inf
+    fakes, reals = (features[:, varied] / spread[varied] for features in both)
+    try:
+        return frechet_distance(fakes, reals) / len(spread[varied])
+    except torch.linalg.LinAlgError:  # too many images are copies of others
+        return math.inf
+
+
+def frechet_distance(one, two):
+    """Between Gaussians with the means and covariances of two sets of features (N, D)."""
+    covariance_one, covariance_two = torch.cov(one.T), torch.cov(two.T)
+    values, vectors = torch.linalg.eigh(covariance_one)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # of covariance_one
+    cross = torch.linalg.eigvalsh(root @ covariance_two @ root).clamp_min(0).sqrt().sum()
+    shift = (one.mean(0) - two.mean(0)).square().sum()
+    return (shift + covariance_one.trace() + covariance_two.trace() - 2 * cross).item()
+
+
+def downscale(batches):
+    """Batches of images (N, 3, H, W) as one of (N, 3, 32, 32), on the CPU."""
+    return torch.cat([F.adaptive_avg_pool2d(batch, 32).cpu() for batch in batches])
+
+
+def diversity(images):
+    """How much images (N, 3, H, W) differ: their standard deviation, on a grid of 8 × 8."""
+    return F.adaptive_avg_pool2d(images.float(), 8).std(0).mean().item()
+
+
+def advice(rows, diversity_share):
+    """Yield a line for each thing that goes wrong.
+
+    `rows`: those of metrics.csv for one epoch; `diversity_share`: diversity of fakes, divided by
+    that of reals.
+    """
+    d_real = fmean(row.d_real for row in rows)
+    d_fake = fmean(row.d_fake for row in rows)
+    if d_real > 0.97 and d_fake < 0.03:
+        yield (
+            f"the discriminator has won: D(x) is {d_real:.3f} and D(G(z)) {d_fake:.3f} on average, "
+            "so the generator learns little; lower D_LEARNING_RATE, raise R1_GAMMA to 0.1 or 1, "
+            "and keep BETA1 at 0"
+        )
+    if diversity_share < 0.3:
+        yield (
+            f"the samples look alike (mode collapse): their diversity is {diversity_share:.2f} of "
+            "the real images'; lower LEARNING_RATE, raise BATCH_SIZE, or start again with another "
+            "SEED and OUTPUT_DIR"
+        )
+
+
+@contextmanager
+def figure_file(name, width, height):
+    """Yield a matplotlib figure, and save it in OUTPUT_DIR afterwards. It opens no window."""
+    backend = os.environ.get("MPLBACKEND", "").partition("module://")[2]
+    if backend and importlib.util.find_spec(backend.partition(".")[0]) is None:
+        del os.environ["MPLBACKEND"]  # programs started from Jupyter inherit one they do not have
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
+    yield figure
+    write_file(output_path(name), lambda file: figure.savefig(file, format="png"))
+
+
+def draw_comparison(reals, fakes, epochs):
+    """real_vs_fake.png: two sets of images (64, 3, H, W) in [0, 1], side by side."""
+    titles = ("real", f"generated, after {round(epochs, 2):g} epochs")
+    with figure_file("real_vs_fake.png", 11, 6) as figure:
+        for axes, images, title in zip(figure.subplots(1, 2), (reals, fakes), titles):
+            axes.set_title(title)
+            axes.imshow(grid(images))
+            axes.axis("off")
+
+
+def draw_losses(steps, rows, quality):
+    """losses.png from the rows of metrics.csv, raw and smoothed. `steps`: steps per epoch.
+
+    Below them, the distances in quality.csv; the epoch of generator.pt is marked.
+    """
+    columns = Row(*zip(*rows))  # its fields hold whole columns here
+    epochs = [row.epoch - 1 + row.step / steps for row in rows]
+    late = rows[len(rows) // 20 :]  # the first steps' losses would dwarf the rest
+    highest = max(row.loss_d + row.loss_g for row in late)
+    with figure_file("losses.png", 9, 10) as figure:
+        upper, middle, lower = figure.subplots(3, 1, sharex=True)
+        draw_curve(upper, epochs, columns.loss_d, "C0", "discriminator")
+        draw_curve(upper, epochs, columns.loss_g, "C1", "generator")
+        draw_curve(middle, epochs, columns.d_real, "C2", "D(x), of real images")
+        draw_curve(middle, epochs, columns.d_fake, "C3", "D(G(z)), of fakes")
+        title = "healthy: both rise and fall; the generator's loss may rise slowly"
+        upper.set(title=title, ylabel="loss", ylim=(0, highest))
+        title = "healthy: apart, but away from 1 and 0 (there the discriminator has won)"
+        middle.set(title=title, ylabel='probability of "real"', ylim=(-0.02, 1.02))
+        title = "distance to real faces (grey line: real faces to other real faces)"
+        lower.set(title=title, ylabel="distance", xlabel="epoch", yscale="log")
+        if quality:
+            measured = Quality(*zip(*quality))
+            best = measured.epoch.index(measured.best[-1])
+            lower.plot(measured.epoch, measured.distance, "C4o-", label="averaged generator")
+            lower.plot(measured.best[-1], measured.distance[best], "r*", label="generator.pt")
+            lower.axhline(measured.floor[-1], color="grey")
+            lower.legend()
+
+
+def draw_curve(axes, epochs, values, colour, label):
+    raw = torch.tensor(values)
+    window = len(values) // 100 * 2 + 1  # odd, to be centred
+    smooth = F.avg_pool1d(raw[None], window, 1, window // 2, count_include_pad=False)
+    axes.plot(epochs, raw, colour, alpha=0.25)
+    axes.plot(epochs, smooth[0], colour, label=label)
+    axes.legend()
+
+
+def draw_animation(epochs):
+    """training.gif: 25 faces of each grid in samples/, up to `epochs`."""
+    paths = [output_path(f"samples/epoch_{epoch:03d}.png") for epoch in range(epochs + 1)]
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        return
+    stride = math.ceil(len(paths) / ANIMATION_FRAMES)
+    shown = paths[::-stride][::-1]  # counted from the last one, which is always shown
+    times = [150] * (len(shown) - 1) + [2500]  # milliseconds
+    save_gif([animation_frame(path) for path in shown], output_path("training.gif"), times)
+
+
+def animation_frame(path):
+    """25 faces cut from the file of a grid, with the epoch written on them."""
+    with Image.open(path) as picture:
+        side = picture.width * 5 // 8
+        box = (0, 0, side, side)
+        frame = picture.convert("RGB").resize((332, 332), Image.Resampling.BILINEAR, box)
+    about = path.stem.replace("_", " ")
+    ImageDraw.Draw(frame).text((8, 316), about, "white", stroke_width=2, stroke_fill="black")
+    return frame.quantize(128, dither=Image.Dither.NONE)
+
+
+# ---------------------------------------------------------------------------------------- training
+
+MEASURE_EVERY = 25_000  # images; one measurement takes as long as training on about 500
+TIE = 0.03  # distances this close count as equal: twice the variation between noise seeds
+NOT_FINITE = (
+    "LEARNING_RATE may be too high, or float16 too coarse; lower LEARNING_RATE or set PRECISION to "
+    "float32, then run the same command again to resume"
+)
+
+
+def train():
+    """Train on DATA_DIR, or resume from OUTPUT_DIR/checkpoint.pt; return the path of generator.pt.
+
+    Raises UserError for a wrong setting or data set and for a loss that is not finite,
+    SystemFailure for network and disk and, after saving, KeyboardInterrupt for a signal.
+    """
+    check_settings()
+    output = Path(OUTPUT_DIR)
+    with locked(output / ".lock") if RANK == 0 else nullcontext():
+        state = newest_checkpoint() if RANK == 0 else None
+        # Of several processes, the others do not know yet, and wait for this one.
+        if state and state["epoch"] >= EPOCHS and WORLD_SIZE == 1:
+            say(
+                f"{output} holds a finished run of {plural(state['epoch'], 'epoch')}; raise EPOCHS "
+                "to continue it, or choose another OUTPUT_DIR for a new run"
+            )
+            return output / "generator.pt"
+        if state:
+            check_networks(state["settings"])
+        need_module("matplotlib", "-r requirements.txt")
+        device = pick_device()
+        faces, key = prepare_data(IMAGE_SIZE)
+        if WORLD_SIZE > 1:
+            state, key = connect_processes(state, key, len(faces), device)
+        run = Run(Trainer(device, pick_dtype(device)), Batches(faces, device), key)
+        run.announce()
+        run.start(state)
+        run.train()
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+    say(
+        f"finished; samples are in {output}/samples; to generate new faces: "
+        f"python dcgan.py generate --output-dir {output}"
+    )
+    return output / "generator.pt"
+
+
+def check_networks(then):
+    """Raise UserError if the settings `then` of a checkpoint do not build today's networks."""
+    for name in NETWORK_SETTINGS:
+        now = globals()[name]
+        if then[name] != now:
+            raise UserError(
+                f"{name} is {now}, but {then[name]} in the run in {OUTPUT_DIR}; set it back, or "
+                "choose another OUTPUT_DIR"
+            )
+
+
+class Run:
+    """A training run: where it stands, what it has measured, and what it does at which step."""
+
+    saved = ("epoch", "step", "fixed_noise", "metrics", "quality")
+
+    def __init__(self, trainer, batches, data_key):
+        self.trainer = trainer
+        self.batches = batches
+        self.data_key = data_key
+        self.epoch = 0  # finished epochs
+        self.step = 0  # steps done in the next one
+        self.metrics = Table("metrics.csv", Row)
+        self.quality = Table("quality.csv", Quality)
+        rng = torch.Generator().manual_seed(seed_for("samples"))
+        # All samples are drawn from this noise.
+        self.fixed_noise = torch.randn(64, LATENT_SIZE, 1, 1, generator=rng)
+        rng.manual_seed(seed_for("reals"))
+        self.reals = batches.reals(torch.randperm(len(batches.faces), generator=rng)[:64])
+        self.save_timer = Timer()
+        self.line_timer = Timer()
+        self.picture_timer = Timer(due_at_once=True)
+        self.reports = 0
+        self.shown = None  # where a notebook shows the samples
+
+    def announce(self):
+        """Say what the run uses: device, precision, images."""
+        device, count = self.trainer.device, len(self.batches.faces)
+        where = f"{device.type.upper()}, {plural(torch.get_num_threads(), 'thread')}"
+        if device.type == "cuda":
+            place = "in GPU memory" if self.batches.faces.is_cuda else "on disk"
+            where = f"{torch.cuda.get_device_name(device)}, images {place}"
+        if WORLD_SIZE > 1:
+            where += f" × {WORLD_SIZE} processes"
+        dtype = str(self.trainer.dtype).removeprefix("torch.")
+        steps = f"{plural(self.batches.steps, 'step')} per epoch"
+        say(f"{where}, {dtype}; {plural(count, 'image')}, {steps}, {plural(EPOCHS, 'epoch')}")
+
+    def start(self, state):
+        """Resume from a checkpoint's state, or draw samples of the untrained generator."""
+        if state:
+            self.resume(state)
+        else:
+            self.sample()
+        if RANK == 0:  # rows after the checkpoint will come again
+            self.metrics.write()
+            self.quality.write()
+
+    def resume(self, state):
+        """Restore a checkpoint's state, and say what has changed since.
+
+        Raises UserError if it is damaged.
+        """
+        then, now = state["settings"], setting_values()
+        with damage_errors(f"the checkpoint in {OUTPUT_DIR} is damaged; move it away"):
+            changed = [name for name in now if then.get(name, now[name]) != now[name]]
+            self.load_state_dict(state)
+        if changed:
+            changes = [f"{name} {then[name]} -> {now[name]}" for name in changed]
+            say("changed since the checkpoint: " + ", ".join(changes))
+        if state.get("data") != self.data_key or set(changed) & set(ORDER_SETTINGS):
+            if self.step:
+                say(f"the order of the images has changed: epoch {self.epoch + 1} starts again")
+            self.step = 0
+            self.trainer.totals.zero_()
+            self.metrics.rows = [row for row in self.metrics.rows if row.epoch <= self.epoch]
+        at = f"epoch {self.epoch + 1}, step {self.step + 1}"
+        if self.step == self.batches.steps:  # a signal came in the epoch's last step
+            at = f"the end of epoch {self.epoch + 1}"
+        say(f"resuming from {OUTPUT_DIR}: {at}")
+
+    def train(self):
+        """Train to the last epoch or until a signal; then save, and raise KeyboardInterrupt."""
+        with caught_signals() as signals:
+            while self.epoch < EPOCHS:
+                if not self.train_epoch(signals):
+                    self.save_and_draw(now=True)
+                    at = f"step {self.step} of epoch {self.epoch + 1}"
+                    say(f"saved after {at}; run the same command again to resume")
+                    raise KeyboardInterrupt(*signals)
+                self.epoch += 1
+                self.step = 0
+                self.end_epoch()
+
+    def train_epoch(self, signals):
+        """Do the remaining steps of an epoch. Returns False if a signal has come."""
+        self.timed = (perf_counter(), self.trainer.images)  # for the speed of the next row
+        steps = self.batches.steps
+        name = f"epoch {self.epoch + 1}/{EPOCHS}"
+        with progress_bar(None, steps, name, " steps", initial=self.step) as bar:
+            for batch in self.batches.epoch(self.epoch, self.step):
+                self.trainer.advance(*batch)
+                self.step += 1
+                with suppress(OSError):  # the terminal may be gone
+                    bar.update()
+
+                last = self.step == steps
+                row_due = last or self.step % LOG_EVERY == 0
+                if row_due:
+                    self.report(self.log(), bar)
+                if should_stop(signals, self.trainer.device, row_due):
+                    return False
+                if not last and self.save_timer.due(60 * CHECKPOINT_MINUTES):
+                    self.save_and_draw()
+        return True
+
+    def log(self):
+        """Add the means since the last row to metrics.csv. Returns them as a Row.
+
+        Raises UserError if a loss is not finite.
+        """
+        images = self.trainer.images
+        means = self.trainer.take_means()
+        before, images_before = self.timed
+        self.timed = (perf_counter(), images)
+        speed = (images - images_before) / (self.timed[0] - before)
+        row = Row(self.epoch + 1, self.step, images, *means, speed)
+        if not math.isfinite(row.loss_d + row.loss_g):
+            raise RunError(
+                f"a loss is not finite in epoch {row.epoch}, before step {row.step + 1} (loss_d "
+                f"{row.loss_d}, loss_g {row.loss_g}); {NOT_FINITE}"
+            )
+        self.metrics.append(row)
+        return row
+
+    def report(self, row, bar):
+        """Show a row: on the bar or, if there is none, once per minute in a line."""
+        with suppress(OSError):  # the terminal may be gone
+            bar.set_postfix_str(row.summary())
+        if bar.disable and self.line_timer.due(60):
+            say(f"epoch {row.epoch}/{EPOCHS}, step {row.step}/{bar.total}: {row.summary()}")
+        self.reports += 1
+        steps_left = (EPOCHS - self.epoch) * bar.total - row.step
+        if self.reports == 2 and steps_left:  # the first row is slower: it has the warm-up in it
+            minutes = math.ceil(steps_left * BATCH_SIZE / row.images_per_second / 60)
+            duration = f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+            say(f"the run will take about {duration}; see {OUTPUT_DIR}/samples/latest.png")
+
+    def end_epoch(self):
+        """After an epoch: samples, distance to real faces, checkpoint, pictures, advice."""
+        fakes = self.sample()
+        measured = self.measure()
+        if measured and measured[0].best == self.epoch:
+            # Before the checkpoint: a run that is killed in between does this again.
+            save_generator(self.checked_state(), measured[0])
+        last = self.epoch == EPOCHS
+        # On a fast GPU, saving after every epoch would take a twentieth of the time.
+        if last or self.save_timer.due(min(60, 60 * CHECKPOINT_MINUTES)):
+            self.save()
+        self.draw_pictures(fakes, now=last)
+        # On a terminal, the progress bar shows the newest row of metrics.csv.
+        news = measured if sys.stderr.isatty() else [self.metrics.rows[-1], *measured]
+        if news:
+            summaries = ", ".join(row.summary() for row in news)
+            say(f"epoch {self.epoch}/{EPOCHS}: {summaries}")
+        if self.trainer.images > 10_000:  # before that, nothing is wrong yet
+            rows = [row for row in self.metrics.rows if row.epoch == self.epoch]
+            share = diversity(fakes) / (diversity(self.reals) or 1)
+            for line in advice(rows, share):
+                say(f"after epoch {self.epoch}, {line}")
+
+    def sample(self):
+        """Images (64, 3, H, W) in [0, 1] of the fixed noise, saved and, in a notebook, shown.
+
+        latest.png is always the newest grid; each finished epoch has one of its own as well.
+        """
+        fakes = self.trainer.draw(self.fixed_noise)
+        if RANK == 0:
+            picture = grid(fakes)
+            with suppress(SystemFailure):  # on Windows a viewer can hold it
+                save_picture(picture, output_path("samples/latest.png"))
+            if self.step == 0:
+                save_picture(picture, output_path(f"samples/epoch_{self.epoch:03d}.png"))
+            self.shown = show(picture, self.shown)
+        return fakes
+
+    def measure(self):
+        """Add a row to quality.csv. Returns the new rows: this one or, if it is too early, none.
+
+        Some short epochs are skipped, but never the first or the last one.
+        """
+        rows, trainer = self.quality.rows, self.trainer
+        measured = rows[-1].images if rows else -math.inf
+        if RANK > 0 or (self.epoch < EPOCHS and trainer.images - measured < MEASURE_EVERY):
+            return []
+        rng = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(len(self.batches.faces), generator=rng)[: 2 * DISTANCE_IMAGES]
+        reals, others = downscale(map(self.batches.reals, chosen.split(64))).chunk(2)
+        latents = torch.randn(len(reals), LATENT_SIZE, 1, 1, generator=rng)
+        # A generator that is not finite will not be saved.
+        fakes = downscale(map(trainer.draw, latents.split(64))).nan_to_num()
+        distance = face_distance(fakes, reals)
+        floor = rows[0].floor if rows else face_distance(others, reals)
+        lowest = min((row.distance for row in rows), default=math.inf)
+        best = self.epoch if distance <= lowest * (1 + TIE) else rows[-1].best
+        self.quality.append(Quality(self.epoch, trainer.images, distance, floor, best))
+        return rows[-1:]
+
+    def save(self):
+        """Write checkpoint.pt."""
+        if RANK == 0:
+            save_checkpoint(self.checked_state())
+
+    def save_and_draw(self, now=False):
+        """Within an epoch: save first; then draw the samples and, if they are due, pictures."""
+        self.save()
+        self.draw_pictures(self.sample(), now)
+
+    def draw_pictures(self, fakes, now=False):
+        """losses.png, real_vs_fake.png and training.gif, once per two minutes, or `now`.
+
+        `now`: at the end of a run, where a notebook also shows losses.png. `fakes`: the newest
+        samples, (64, 3, H, W) in [0, 1].
+        """
+        rows, steps = self.metrics.rows, self.batches.steps
+        if RANK > 0 or not rows or not (now or self.picture_timer.due(120)):
+            return
+        draw_losses(steps, rows, self.quality.rows)
+        draw_comparison(self.reals, fakes, self.epoch + self.step / steps)
+        draw_animation(self.epoch)
+        if now:
+            with Image.open(output_path("losses.png")) as picture:
+                show(picture)
+
+    def checked_state(self):
+        """`state_dict`, ready to be saved. Raises UserError if a weight or loss is not finite."""
+        self.trainer.averaged_generator()  # brings its statistics up to date
+        state = self.state_dict()
+        tensors = [state["totals"]]
+        for name in Trainer.networks:
+            tensors += state[name].values()
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            images = f"{self.trainer.images:,} images"
+            raise RunError(f"a weight or a loss is not finite after {images}; {NOT_FINITE}")
+        return state
+
+    def state_dict(self):
+        state = {"settings": setting_values(), "data": self.data_key}
+        return state | saved_values(self) | self.trainer.state_dict()
+
+    def load_state_dict(self, state):
+        restore_values(self, state)
+        self.trainer.load_state_dict(state)
+
+
+@contextmanager
+def caught_signals():
+    """A list that collects Ctrl-C, SIGTERM and SIGHUP within `with`; they do not end the program.
+
+    Only a second Ctrl-C raises KeyboardInterrupt at once.
+    """
+    received = []
 
     def receive(signum, frame):
         if received and signum == signal.SIGINT:
             raise KeyboardInterrupt(signum)
         received.append(signum)
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
-    handlers = {getattr(signal, name): None for name in names if hasattr(signal, name)}
-    if threading.current_thread() is not threading.main_thread():  # where they cannot be handled
-        handlers = {}
-    for signum in handlers:
-        handlers[signum] = signal.getsignal(signum)
-        if handlers[signum] is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, receive)
+    handlers = {}
+    with suppress(ValueError):  # only the main thread can set handlers
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+            if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+                handlers[signum] = signal.signal(signum, receive)
     try:
         yield received
     finally:
@@ -1589,14 +1561,14 @@ def kept_signals():
             signal.signal(signum, handler)
 
 
-# ------------------------------------------------------------------------ using a trained generator
+# ----------------------------------------------------------------------- using a trained generator
 
 GENERATION_BATCH = 64  # always, so that an image does not depend on how many were asked for
 GRID_LIMIT = 1_024  # images
 
 
 class TrainedGenerator:
-    """The averaged generator of a checkpoint file, or of the newest in OUTPUT_DIR, ready to draw.
+    """The averaged generator in a checkpoint file, by default the best in OUTPUT_DIR.
 
     `state` is what the file holds. Raises UserError if there is none, or if it is damaged.
     """
@@ -1614,56 +1586,58 @@ class TrainedGenerator:
     def latents(self, number, seed):
         """Yield noise (GENERATION_BATCH, z) for at least `number` images, on the CPU.
 
-        A seed of None is drawn and printed.
+        If `seed` is None, a seed is chosen and printed.
         """
         if seed is None:
             seed = random.SystemRandom().randrange(10**6)
             say(f"seed {seed}")
-        stream = torch.Generator().manual_seed(checked("seed", seed))
+        rng = torch.Generator().manual_seed(checked("seed", seed))
         size = self.state["settings"]["LATENT_SIZE"]
         for _ in range(0, number, GENERATION_BATCH):
-            yield torch.randn(GENERATION_BATCH, size, generator=stream)
+            yield torch.randn(GENERATION_BATCH, size, generator=rng)
 
     def draw(self, latents):
-        """Images (N, 3, H, W) in [0, 1], on the CPU, of noise (N, z)."""
+        """Images (N, 3, H, W) in [0, 1], on the CPU, from noise (N, z)."""
         latents = latents[:, :, None, None].to(self.device)
         return images_from(self.generator, latents, self.dtype).cpu()
 
     def images(self, number, seed, truncation=1.0):
-        """Yield `number` new images (3, H, W) in [0, 1], on the CPU, of `truncation` × noise."""
-        with progress_bar(total=number, desc="generating", unit=" images") as bar:
-            for first, latents in enumerate(self.latents(number, seed)):
-                images = self.draw(truncation * latents)[: number - first * GENERATION_BATCH]
-                yield from images
-                bar.update(len(images))
+        """Yield `number` new images (3, H, W) in [0, 1], on the CPU, from `truncation` × noise."""
+        for first, latents in enumerate(self.latents(number, seed)):
+            yield from self.draw(truncation * latents)[: number - first * GENERATION_BATCH]
 
 
 def find_checkpoint():
-    """OUTPUT_DIR's best generator or, before there is one, its checkpoint. UserError without."""
+    """OUTPUT_DIR's best generator or, before there is one, its checkpoint. UserError if none."""
     for name in ("generator.pt", "checkpoint.pt", "checkpoint.previous.pt"):
-        path = Path(OUTPUT_DIR) / name
-        if path.exists():
+        path = output_path(name)
+        if os.path.exists(path):
             return path
-    raise UserError(
-        f"no checkpoint in OUTPUT_DIR ({OUTPUT_DIR}); train first, or give the file of one"
-    )
+    raise UserError(f"no checkpoint in OUTPUT_DIR ({OUTPUT_DIR}); train first, or use --checkpoint")
+
+
+def new_images(num_images, seed, checkpoint, truncation):
+    """An iterator over new images (3, H, W) in [0, 1], with a progress bar."""
+    number = checked("num_images", num_images)
+    truncation = checked("truncation", truncation)
+    images = TrainedGenerator(checkpoint).images(number, seed, truncation)
+    return progress_bar(images, number, "generating", " images")
 
 
 def generate_images(num_images=16, seed=None, checkpoint=None, output=None, truncation=1.0):
-    """New faces as a float tensor (num_images, 3, H, W) in [0, 1]; saved as a grid.
+    """New faces as a float tensor (num_images, 3, H, W) in [0, 1]; also saved as a grid.
 
-    In a notebook the grid is shown, too. The same seed gives the same images on a device, and more
-    images begin with the same ones; a seed of None is drawn and printed. `checkpoint` is a
-    checkpoint.pt or generator.pt, by default OUTPUT_DIR's. The grid, of the first 1,024, goes to
-    `output`, by default OUTPUT_DIR/generated.png. A `truncation` under 1 scales the noise down: the
-    faces are surer, and more alike. Raises UserError for a wrong number or file.
+    In a notebook, the grid is shown as well. On one device, the same seed gives the same images,
+    and a larger `num_images` only adds some. If `seed` is None, a seed is chosen and printed.
+    `checkpoint` is a checkpoint.pt or generator.pt, by default OUTPUT_DIR's. The grid shows the
+    first 1,024 and is saved to `output`, by default OUTPUT_DIR/generated.png. A `truncation` below
+    1 scales the noise down: faces are cleaner, but more alike. Raises UserError for a wrong number
+    or file.
     """
-    number = checked("num_images", num_images)
-    truncation = checked("truncation", truncation)
-    images = torch.stack(list(TrainedGenerator(checkpoint).images(number, seed, truncation)))
+    images = torch.stack(list(new_images(num_images, seed, checkpoint, truncation)))
     shown = images[:GRID_LIMIT]
     picture = grid(shown, math.ceil(math.sqrt(len(shown))))
-    path = Path(output or Path(OUTPUT_DIR) / "generated.png")
+    path = output_path("generated.png", output)
     save_picture(picture, path)
     say(f"saved {path}")
     show(picture)
@@ -1673,44 +1647,42 @@ def generate_images(num_images=16, seed=None, checkpoint=None, output=None, trun
 def generate(
     num_images=16, seed=None, checkpoint=None, output=None, truncation=1.0, individual=False
 ):
-    """Draw new faces, into a grid or, with --individual, a file each."""
+    """The command: new faces in a grid or, if `individual`, in a file each."""
     number = checked("num_images", num_images)
-    truncation = checked("truncation", truncation)
     if not individual and number > GRID_LIMIT:
         raise UserError(
-            f"num_images (--num-images) is {number}, and a grid holds {GRID_LIMIT:,}; "
+            f"num_images (--num-images) is {number}, but a grid holds {GRID_LIMIT:,}; "
             "add --individual for a file each"
         )
     if not individual:
         generate_images(number, seed, checkpoint, output, truncation)
         return
-    images = TrainedGenerator(checkpoint).images(number, seed, truncation)
-    folder = Path(output or Path(OUTPUT_DIR) / "generated")
+    images = new_images(number, seed, checkpoint, truncation)
+    folder = output_path("generated", output)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for index, image in enumerate(images):
-            to_pil_image(to_bytes(image)).save(folder / f"{index:06d}.png")
-    say(f"saved {number:,} images in {folder}")
+            grid(image).save(folder / f"{index:06d}.png")
+    say(f"saved {plural(number, 'image')} in {folder}")
 
 
 def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None):
-    """Save a looping film that walks between new faces; return its path.
+    """Save a looping animation that moves between new faces; return its path.
 
-    `frames` pictures lead from each face to the next. It walks on the sphere near which noise of
-    many dimensions lies, and takes the angle between two such vectors for 90°, as it nearly is.
+    `frames` pictures lead from each face to the next. Spherical interpolation: high-dimensional
+    noise lies close to a sphere, and two noise vectors are nearly orthogonal, so the angle between
+    them is taken as 90°.
     """
     number = checked("num_faces", num_faces)
     frames = checked("frames", frames)
     trained = TrainedGenerator(checkpoint)
     corners = torch.cat(list(trained.latents(number, seed)))[:number]
-    following = corners.roll(-1, 0)
+    angles = torch.arange(frames).mul(math.pi / 2 / frames).unsqueeze(1)
     pictures = []
-    for start, end in zip(corners, following):
-        angle = torch.arange(frames).mul(math.pi / 2 / frames).unsqueeze(1)
-        walk = F.normalize(angle.cos() * start + angle.sin() * end) * math.sqrt(len(start))
-        for image in trained.draw(walk):
-            pictures.append(ImageOps.scale(to_pil_image(to_bytes(image)), 2))
-    path = Path(output or Path(OUTPUT_DIR) / "interpolation.gif")
+    for start, end in zip(corners, corners.roll(-1, 0)):
+        walk = F.normalize(angles.cos() * start + angles.sin() * end) * math.sqrt(len(start))
+        pictures += [ImageOps.scale(grid(image), 2) for image in trained.draw(walk)]
+    path = output_path("interpolation.gif", output)
     save_gif(pictures, path, 60)
     say(f"saved {path}")
     return path
@@ -1718,60 +1690,53 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None)
 
 # ---------------------------------------------------------------------------------------- evaluate
 
-LEAST_IMAGES = 2_048  # of fewer, an estimate of FID is no number
+LEAST_IMAGES = 2_048  # with fewer images FID cannot be estimated
 MOST_REALS = 50_000
-INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the one that papers use
-INCEPTION_URL = (
-    "https://github.com/toshas/torch-fidelity/releases, weights-inception-2015-12-05-6726825d.pth"
-)
+INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network that papers use
 
 
-def evaluate(num_images=50_000, checkpoint=None, inception_weights=None, seed=0):
+def evaluate(num_images=50_000, checkpoint=None, seed=0):
     """FID, KID, precision and recall of new faces against DATA_DIR's, as a dict.
 
-    They are printed, and appended to evaluation.csv, too. FID and KID are better when lower
-    (Heusel et al. 2017, Bińkowski et al. 2018), precision and recall when higher (Kynkäänniemi
-    et al. 2019). All come from torch-fidelity.
+    They are also printed, and appended to evaluation.csv. FID and KID are better when lower (Heusel
+    et al. 2017, Bińkowski et al. 2018), precision and recall when higher (Kynkäänniemi et al.
+    2019). All come from torch-fidelity.
     """
     number = checked("num_images", num_images)
     if number < LEAST_IMAGES:
         raise UserError(
             f"num_images (--num-images) is {number}; it must be {LEAST_IMAGES:,} or more"
         )
+    need_module("torch_fidelity", "torch-fidelity")
     trained = TrainedGenerator(checkpoint)
-    check_inception(inception_weights)
     faces, key = prepare_data(trained.state["settings"]["IMAGE_SIZE"])
     if len(faces) < LEAST_IMAGES:
         raise UserError(
-            f"DATA_DIR ({DATA_DIR}) holds {len(faces):,} images; FID wants {LEAST_IMAGES:,} or more"
+            f"DATA_DIR ({DATA_DIR}) holds {len(faces):,} images; FID needs {LEAST_IMAGES:,} or more"
         )
     chosen = torch.linspace(0, len(faces) - 1, min(len(faces), MOST_REALS)).long()
     if min(number, len(chosen)) < 10_000:
-        say(
-            f"{number:,} generated and {len(chosen):,} real images; under 10,000, FID is too high; "
-            "papers use 50,000"
-        )
+        say("with fewer than 10,000 generated or real images, FID is too high; papers use 50,000")
+    with progress_bar(None, number + len(chosen), "Inception", " images") as bar:
+        fakes = ImageTensors(trained.images(number, seed), number, bar)
+        reals = ImageTensors((faces[index] / 255 for index in chosen), len(chosen), bar)
+        result = distances(fakes, reals, f"{key[:16]}-{len(chosen)}", trained.device)
     about = {
         "epoch": trained.state["epoch"],
         "generated": number,
         "real": len(chosen),
         "size": faces.shape[-1],
         "crop": "centre square",
-        "network": f"{INCEPTION} {weights_name(inception_weights)}",
+        "network": f"{INCEPTION} 2015-12-05",
     }
-    with progress_bar(total=number + len(chosen), desc="Inception", unit=" images") as bar:
-        fakes = ImageTensors(trained.images(number, seed), number, bar)
-        reals = ImageTensors((faces[index] / 255 for index in chosen), len(chosen), bar)
-        cache_name = f"{key[:16]}-{len(chosen)}-{weights_name(inception_weights)}"
-        result = distances(fakes, reals, cache_name, inception_weights, trained.device)
+    rounded = {name: f"{value:.5g}" for name, value in result.items()}
+    say(", ".join(f"{name} {value}" for name, value in (rounded | about).items()))
     append_evaluation(about | result)
-    results = ", ".join(f"{name} {value:.5g}" for name, value in result.items())
-    say(f"{results} ({', '.join(f'{name} {value}' for name, value in about.items())})")
     return result
 
 
 class ImageTensors(torch.utils.data.Dataset):
-    """What torch-fidelity measures: uint8 images (3, H, W), of images in [0, 1].
+    """Images in [0, 1] as torch-fidelity wants them: uint8 (3, H, W).
 
     They come from an iterator, so they can be read only once and in order.
     """
@@ -1794,32 +1759,37 @@ class ImageTensors(torch.utils.data.Dataset):
         return to_bytes(image)
 
 
-def distances(fakes, reals, cache_name, weights, device):
+def distances(fakes, reals, cache_name, device):
     """{"FID", "KID", "precision", "recall"} of two ImageTensors. Features of reals are cached."""
     from torch_fidelity import calculate_metrics
 
     cache = Path(CACHE_DIR) / "inception"
     with disk_errors(cache):
-        cache.mkdir(parents=True, exist_ok=True)
-        for path in cache.glob(f"{cache_name}-*"):
+        make_folder(cache)
+        for path in cache.glob(f"{cache_name}-*"):  # torch-fidelity would run code in these files
             try:
-                load_safely(path)  # torch-fidelity would run what is in it
-            except UserError:
+                torch.load(path, weights_only=True)
+            except Exception:  # damaged, or not only tensors: it computes them again
                 path.unlink()
-        metrics = calculate_metrics(
-            input1=fakes,
-            input2=reals,
-            input2_cache_name=cache_name,
-            cache_root=str(cache),
-            feature_extractor=INCEPTION,
-            feature_extractor_weights_path=weights,
-            fid=True,
-            kid=True,
-            prc=True,
-            cuda=device.type == "cuda",
-            save_cpu_ram=True,  # no worker processes, and distances part by part
-            verbose=False,
-        )
+        try:
+            metrics = calculate_metrics(
+                input1=fakes,
+                input2=reals,
+                input2_cache_name=cache_name,
+                cache_root=cache,
+                feature_extractor=INCEPTION,
+                fid=True,
+                kid=True,
+                prc=True,
+                cuda=device.type == "cuda",
+                save_cpu_ram=True,  # no worker processes, and distances part by part
+                verbose=False,
+            )
+        except URLError as error:
+            raise SystemFailure(
+                f"torch-fidelity cannot download its weights ({error.reason}); README says where "
+                "to put the file on a machine without network"
+            ) from None
     return {
         "FID": metrics["frechet_inception_distance"],
         "KID": metrics["kernel_inception_distance_mean"],
@@ -1828,252 +1798,175 @@ def distances(fakes, reals, cache_name, weights, device):
     }
 
 
-def weights_name(weights):
-    """What tells files of Inception's weights apart; None is the file that is downloaded."""
-    if weights is None:
-        return "2015-12-05"
-    return hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
-
-
-def check_inception(weights):
-    """Raise UserError or SystemFailure, before hours of work, if there is no Inception to use."""
-    try:
-        from torch_fidelity.utils import create_feature_extractor as create
-    except ImportError as error:
-        raise UserError(
-            f"evaluate needs torch-fidelity (no module {error.name}): pip install torch-fidelity",
-            status=1,
-        ) from None
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"there is no file {weights}")
-    try:
-        if weights is not None:  # safely, before torch-fidelity does, which would run what is in it
-            with warnings.catch_warnings(action="ignore"):
-                torch.load(weights, map_location="cpu", weights_only=True)
-        options = {"feature_extractor_weights_path": weights, "verbose": False}
-        create(INCEPTION, ["2048"], cuda=False, **options)
-    except OSError as error:
-        raise SystemFailure(
-            f"no Inception weights ({error}); give --inception-weights FILE, from {INCEPTION_URL}"
-        ) from None
-    except Exception as error:  # whatever another file leads to
-        if out_of_memory(error):
-            raise
-        name = weights or "the download"
-        text = f"{name} holds no weights of torch-fidelity's Inception ({one_line(error)})"
-        raise UserError(text) from error
-
-
 def append_evaluation(columns):
-    """Append a row to evaluation.csv, below a line with its columns' names if they are new."""
-    path = Path(OUTPUT_DIR) / "evaluation.csv"
-    before = path.read_bytes() if path.exists() else b""
-    header = csv_lines([columns.keys()])
-    if header not in before:
-        before += header
-    row = csv_lines([columns.values()])
-    write_file(path, lambda file: file.write(before + row))
+    """Append a row to evaluation.csv, below the names of its columns if they are new."""
+    path = output_path("evaluation.csv")
+    if not path.exists() or csv_lines([columns.keys()]) not in path.read_bytes():
+        append_rows(path, [columns.keys()])
+    append_rows(path, [columns.values()])
 
 
 # ------------------------------------------------------------- where images come from: Kaggle, demo
 
-CELEBA_BYTES = 2_900_000_000  # the archive, 1.33 GiB, and the images unpacked beside it
-FILL_TIME = 10**9  # when the images seem to have changed, in seconds: the same in each download
-KAGGLE_SECONDS = 60  # a download that brings no byte for so long has hung
-# Kaggle's command line, in a process that ends when its parent does: its stdin closes then.
-# It wants to be called by its name, or it takes itself for a library and asks for a login.
-KAGGLE_CHILD = """
-import os, runpy, sys, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
-sys.argv[0] = "kaggle"
-runpy.run_module("kaggle", run_name="__main__", alter_sys=True)
-"""
-# What Kaggle's client says when it fails, in several versions, and what we say then.
-LOGIN_WANTED = "Authentication required|don't have access|40[13] Client Error"
-KAGGLE_ERRORS = {
-    LOGIN_WANTED: """Kaggle wants you to log in:
-  - either make a token at https://www.kaggle.com/settings (API, Create New Token), save it as
-    ~/.kaggle/access_token, or set KAGGLE_API_TOKEN to it (an older kaggle.json goes to
-    ~/.kaggle/kaggle.json); or
-  - put images of faces, from anywhere, into DATA_DIR (data/celeba) by hand; or
-  - run with --demo, which needs no account.""",
-    r"No module named '(\w+)": r"the module \1 is missing: pip install -r requirements.txt",
-    "was not found|404 Client": "Kaggle answers 404: no such data set; check KAGGLE_DATASET",
-    "rate limited|429 Client": "Kaggle answers 429: too many requests; wait an hour",
-    "Server Error|Kaggle's side": "Kaggle answers that it has an error (500 or more); try later",
-    "No space left": "No space left on the disk of DATA_DIR; make room there",
-    "Connection|Timeout|Protocol": "Kaggle cannot be reached; check the network and run this again,"
-    " which goes on where it stopped, or try --demo, which needs no network",
-    # Any other words of its own stay unsaid, for they may hold credentials.
-    "": "Kaggle's client has failed; to see why, run: kaggle datasets download KAGGLE_DATASET",
-}
-# A refusal by its storage, not by Kaggle itself, means that the signed address has expired.
-DAMAGED = r"does not match expected size|4\d\d Client Error(?!.*/v1/)"
-# What zipfile raises for an archive that is damaged.
-ARCHIVE_ERRORS = (
-    zipfile.BadZipFile,
-    RuntimeError,
-    EOFError,
-    zlib.error,
-    FileNotFoundError,
-)
+
+def prepare_data(image_size):
+    """`load_faces`; before that, download CelebA or draw the demo's faces if DATA_DIR is theirs."""
+    folder = Path(DATA_DIR).absolute()
+    if folder == Path(CELEBA_DIR).absolute():
+        download_celeba()
+    elif folder == Path(DEMO["DATA_DIR"]).absolute():
+        fill_folder(Path(DATA_DIR), draw_demo)
+    return load_faces(image_size)
 
 
-class DamagedDownload(Exception):
-    """A download that may be whole after a new start."""
+def fill_folder(folder, put):
+    """If `folder` has no images, let `put(part)` write some to a hidden folder in it.
 
-
-def download_celeba():
-    """Download KAGGLE_DATASET into DATA_DIR, unless images are there.
-
-    With the user's Kaggle credentials if they are good, else without. Raises SystemFailure if
-    Kaggle, network or disk fail.
-    """
-    folder = Path(DATA_DIR)
-    downloads = folder.with_name(folder.name + ".download")
-    fill(folder, lambda part: fetch_celeba(downloads, part))
-    shutil.rmtree(downloads, ignore_errors=True)
-
-
-def fill(folder, put):
-    """Unless `folder` has images, let `put(part)` fill a hidden folder in it.
-
-    That one then gets a name, so that the images are there all at once or not at all.
+    That is then renamed, so that the images appear all at once or not at all.
     """
 
     def fill_part():
         part = folder / ".part"  # on the same disk, wherever a link or a mount leads
         with disk_errors(folder):
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            make_folder(part)
             put(part)
             paths = list(part.iterdir())
             with suppress(OSError):  # some disks keep no times
-                for path in paths:  # one time for all: a run can go on with a new download
+                for path in paths:  # one time for all: a run can resume after a new download
                     os.utime(path, (time(), FILL_TIME))
-            say(f"{len(paths):,} images in {folder}")
+            say(f"{plural(len(paths), 'image')} in {folder}")
             part.rename(folder / "images")
 
-    lock = folder.with_name(folder.name + ".lock")
+    lock = Path(f"{folder}.lock")
     waiting = f"another process is filling {folder}; waiting for it"
-    build_once(lambda: has_images(folder) or None, fill_part, lock, waiting)
+    build_once(lambda: next(list_images(folder), None), fill_part, lock, waiting)
+
+
+FILL_TIME = 10**9  # the modification time of images, in seconds: the same after each download
+CELEBA_BYTES = 1_450_000_000  # the archive, and about as much again when it is unpacked
+KAGGLE_SECONDS = 60  # a server that sends nothing for this long has failed
+# Kaggle's command line, in a process that ends when its parent does, because its stdin closes then.
+# It waits for servers without a limit, so it gets one. argv[0] must be "kaggle", or it assumes that
+# it is used as a library, and demands a login.
+KAGGLE_CHILD = """
+import os, requests, runpy, sys, threading
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+send = requests.Session.send
+requests.Session.send = lambda *request, **options: send(*request, **options | {"timeout": SECONDS})
+sys.argv[0] = "kaggle"
+runpy.run_module("kaggle", run_name="__main__", alter_sys=True)
+"""
+LOGIN_WANTED = "Authentication required|don't have access|40[13] Client Error"
+NO_NETWORK = "Connection|Timeout|Protocol"
+# What Kaggle's client says when it fails, and what we say then.
+KAGGLE_ERRORS = {
+    LOGIN_WANTED: """Kaggle wants you to log in:
+  - either create a token at https://www.kaggle.com/settings (API, Create New Token), and save it as
+    ~/.kaggle/access_token, or set KAGGLE_API_TOKEN to it (an older kaggle.json goes to
+    ~/.kaggle/kaggle.json); or
+  - put images of faces, from anywhere, into DATA_DIR (data/celeba) yourself; or
+  - run with --demo, which needs no account.""",
+    r"was not found|rate limited|Kaggle's side|[45]\d\d (Client|Server) Error": r"Kaggle returned "
+    r"an error (\g<0>): if it is 404 or 'not found', check KAGGLE_DATASET; if it is 429 or a rate "
+    "limit, wait an hour; else try again later",
+    "No space left": "No space left on the disk of DATA_DIR; free some space there",
+    NO_NETWORK: "Kaggle cannot be reached; check the network and run this again to resume, or try "
+    "--demo, which needs no network",
+}
+# An error of the storage server, not of Kaggle's API, means that the signed URL has expired.
+DAMAGED = r"not unpacked.*|does not match expected size|4\d\d Client Error(?!.*/v1/)"
+
+
+def download_celeba():
+    """Download KAGGLE_DATASET into DATA_DIR, unless images are there.
+
+    Raises SystemFailure if Kaggle, the network or the disk fails.
+    """
+    folder = Path(DATA_DIR)
+    downloads = Path(f"{folder}.download")
+    fill_folder(folder, lambda part: fetch_celeba(downloads, part))
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def fetch_celeba(downloads, folder):
-    """Put the images of KAGGLE_DATASET into `folder`, by way of `downloads`.
+    """Put the images of KAGGLE_DATASET into `folder`; the archive goes to `downloads`.
 
-    What is in `downloads` is used: Kaggle's client goes on with what was cut.
+    It uses the credentials of the user or, if Kaggle refuses those, none. An incomplete archive is
+    resumed; a damaged one is downloaded again, once.
     """
     archive = downloads / (KAGGLE_DATASET.split("/")[1] + ".zip")
-    for last_try in (False, True):
-        downloads.mkdir(parents=True, exist_ok=True)
-        try:
-            fetch_archive(archive)
-            return unpack(archive, folder)
-        except DamagedDownload as error:
-            # If a signed address expires half-way, an error page is in the zip, and Kaggle's client
-            # takes it for whole on every later run. So: away with it, and again from the start.
-            shutil.rmtree(downloads, ignore_errors=True)
-            what = f"Kaggle's archive of {KAGGLE_DATASET} is damaged ({error})"
-            if last_try:
-                raise SystemFailure(f"{what}; try later") from None
-            say(f"{what}; starting again")
-
-
-def fetch_archive(archive):
-    """Download `archive`: with the user's credentials and, if those are no good, without.
-
-    Raises DamagedDownload for what a new start may mend.
-    """
-    need_space(archive.parent, CELEBA_BYTES - file_size(archive), "CelebA")
     say(f"downloading {KAGGLE_DATASET} from Kaggle (CelebA is for non-commercial research)")
-    for anonymous in (False, True):
-        said = run_kaggle(archive, anonymous)
-        if re.search(DAMAGED, said):
-            raise DamagedDownload("its address has expired, or it is cut")
-        if not re.search(f"{LOGIN_WANTED}|Traceback", said):
-            break
-    if said:
-        for pattern, text in KAGGLE_ERRORS.items():
-            if found := re.search(pattern, said):
-                raise SystemFailure(found.expand(text))
+    anonymous = again = False
+    while True:
+        make_folder(downloads)
+        size = file_size(archive)
+        need_space(downloads, 2 * CELEBA_BYTES - size, "CelebA")
+        failure = run_kaggle(archive, anonymous) or unpack(archive, folder)
+        if not failure:
+            return
+        if found := re.search(DAMAGED, failure):
+            # If a signed URL expires half-way, an error page ends up in the archive, and Kaggle's
+            # client would take it for complete on every later run. So delete it.
+            shutil.rmtree(downloads)
+            what = f"Kaggle's archive of {KAGGLE_DATASET} is damaged ({found[0]})"
+            if again:
+                raise SystemFailure(f"{what}; try again later")
+            say(f"{what}; starting again")
+            again = True
+        elif re.search(NO_NETWORK, failure) and file_size(archive) > size:
+            say("the connection to Kaggle was lost; asking for the rest")
+        elif re.search(f"{LOGIN_WANTED}|Traceback", failure) and not anonymous:
+            anonymous = True
+        else:
+            raise SystemFailure(kaggle_error(failure))
+
+
+def kaggle_error(said):
+    """The line to show for what Kaggle's client said when it failed."""
+    for pattern, text in KAGGLE_ERRORS.items():
+        if found := re.search(pattern, said):
+            return found.expand(text)
+    last_line = re.sub(r"(?=\S*\d)\S{20,}", "…", one_line(said.splitlines()[-1]))  # of tokens
+    return f"Kaggle's client has failed ({last_line}); try pip install -r requirements.txt"
 
 
 def run_kaggle(archive, anonymous):
-    """Let Kaggle's command line bring `archive`. Returns what it said if it failed, else "".
+    """Let Kaggle's client download `archive`. Returns "" or, if it fails, what it said.
 
-    One that brings nothing for KAGGLE_SECONDS is ended and, if it has brought anything before that,
-    started again for the rest. Raises SystemFailure if it has not.
+    The progress bar shows how the archive grows.
     """
-    folder = archive.parent
-    command = [sys.executable, "-c", KAGGLE_CHILD]
-    command += ["datasets", "download", KAGGLE_DATASET, "-p", str(folder)]
-    size_before = file_size(archive)
-    log_path = folder / "kaggle.log"
-    with open(log_path, "wb") as log:
-        child = subprocess.Popen(
-            command,
-            env=kaggle_environment(folder, anonymous),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        hung = not child_ends(child, archive, log_path)
-    finally:
-        child.kill()
-        child.wait()
-        child.stdin.close()
-    said = re.sub(r"[^\n]*\r", "", read_log(log_path))  # without the progress bar
-    if not hung:
-        return f"{said}exit status {child.returncode}" if child.returncode else ""
-    if "No space left" in said:  # which the client tries again and again
-        return said
-    silence = f"Kaggle has sent nothing for {KAGGLE_SECONDS} s"
-    if file_size(archive) <= size_before:
-        raise SystemFailure(
-            f"{silence}; check the network and run this again, which goes on where it stopped, "
-            "or try --demo, which needs no network"
-        )
-    say(f"{silence}; asking again for the rest")
-    return run_kaggle(archive, anonymous)
+    command = [sys.executable, "-c", KAGGLE_CHILD.replace("SECONDS", str(KAGGLE_SECONDS))]
+    command += ["datasets", "download", "--quiet", KAGGLE_DATASET, "-p", str(archive.parent)]
+    environment = kaggle_environment(str(archive.parent.resolve()), anonymous)
+    options = {"initial": file_size(archive), "unit_scale": True}
+    bar = progress_bar(None, CELEBA_BYTES, "downloading", "B", **options)
+    with tempfile.TemporaryFile() as log, bar:
+        pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
+        with subprocess.Popen(command, env=environment, **pipes) as child:
+            try:
+                while child.poll() is None:
+                    sleep(0.2)
+                    with suppress(OSError):  # the terminal may be gone
+                        bar.update(file_size(archive) - bar.n)
+            finally:
+                child.kill()
+        log.seek(0)
+        said = log.read().decode(errors="replace").strip()
+    return (said or f"exit status {child.returncode}") if child.returncode else ""
 
 
-def child_ends(child, archive, log_path):
-    """Wait for a process that makes `archive` grow, and show its progress bar, which is in a log.
-
-    Returns False when the archive has not grown for KAGGLE_SECONDS.
-    """
-    size, grew_at = file_size(archive), perf_counter()
-    while child.poll() is None:
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=0.5)
-        if sys.stderr.isatty() or in_notebook():
-            bar = read_log(log_path).rpartition("\r")[2]
-            with suppress(OSError):  # the terminal may be gone
-                print("\r" + bar.strip(), end="", file=sys.stderr, flush=True)
-        if file_size(archive) != size:
-            size, grew_at = file_size(archive), perf_counter()
-        elif perf_counter() - grew_at > KAGGLE_SECONDS:
-            return False
-    return True
-
-
-def read_log(path):
-    return path.read_bytes().decode(errors="replace")
-
-
-def kaggle_environment(folder, anonymous):
+def kaggle_environment(home, anonymous):
     """The environment for Kaggle's client; if `anonymous`, one in which it finds no credentials."""
     environment = {name: value.strip() for name, value in os.environ.items()}  # newlines stop it
-    environment.pop("VERBOSE", None)  # would make it print the user's token
+    unwanted = "VERBOSE"  # would make it print the user's token
     if anonymous:
-        for name in os.environ:
-            if name.startswith("KAGGLE_") and name != "KAGGLE_API_ENVIRONMENT":
-                del environment[name]
-        environment.pop("XDG_CONFIG_HOME", None)
+        unwanted += "|XDG_CONFIG_HOME|KAGGLE_(?!API_ENVIRONMENT).*"
         environment["PYTHONUSERBASE"] = site.getuserbase()  # stays where it is, but home moves
-        environment["HOME"] = environment["USERPROFILE"] = str(folder.resolve())
+        environment |= {"HOME": home, "USERPROFILE": home}
+    for name in os.environ:
+        if re.fullmatch(unwanted, name):
+            del environment[name]
     return environment
 
 
@@ -2084,27 +1977,29 @@ def file_size(path):
 def unpack(archive, folder):
     """Unpack CelebA's images, and nothing else, into `folder`.
 
-    Of a member only the base name counts, which must be six digits and .jpg. Raises DamagedDownload
-    if that cannot be.
+    Those are named by six digits and .jpg, whatever folder they are in. Returns "" or, if the
+    archive is damaged, why.
     """
+    members = {}
     try:
-        with zipfile.ZipFile(archive) as source:
-            members = {}
+        with damage_errors("not unpacked"), zipfile.ZipFile(archive) as source:
             for member in source.infolist():
                 name = Path(member.filename).name
                 if re.fullmatch(r"[0-9]{6}\.jpg", name):
                     members[name] = member
             if not members:
-                raise SystemFailure(f"{KAGGLE_DATASET} has no images as CelebA's: 000001.jpg …")
-            size = sum(member.file_size for member in members.values())
-            need_space(folder, size, "unpacking CelebA")
-            for name, member in progress_bar(members.items(), desc="unpacking", unit=" images"):
-                (folder / name).write_bytes(source.read(member))
-    except ARCHIVE_ERRORS as error:
-        raise DamagedDownload(str(error)) from None
+                raise SystemFailure(f"{KAGGLE_DATASET} has no images named like 000001.jpg")
+            need_space(folder, sum(member.file_size for member in members.values()), "unpacking")
+            for name, member in progress_bar(members.items(), len(members), "unpacking", " images"):
+                data = source.read(member)
+                with disk_errors(folder):
+                    (folder / name).write_bytes(data)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
-# What --demo changes.
+# The settings that --demo changes.
 DEMO = {
     "DATA_DIR": "data/demo",
     "OUTPUT_DIR": "output-demo",
@@ -2116,41 +2011,34 @@ DEMO = {
 
 def draw_demo(folder):
     """Put 4,000 JPEGs of drawn faces into `folder`."""
-    for index in progress_bar(range(4_000), desc="drawing", unit=" faces"):
+    for index in progress_bar(range(4_000), 4_000, "drawing", " faces"):
         draw_face(random.Random(index)).save(folder / f"{index:06d}.jpg", quality=90)
 
 
 def draw_face(rng):
-    """A drawn face, 178 × 218 pixels as CelebA's are; `rng`, a random.Random, decides on it."""
+    """A drawn face, 178 × 218 pixels as CelebA's are; it depends on `rng`, a random.Random."""
 
-    def shade(*colours):
-        return tuple(
-            level + rng.randint(-18, 13) for level in ImageColor.getrgb(rng.choice(colours))
-        )
+    def oval(x, y, width, height, colour):
+        draw.ellipse((x - width, y - height, x + width, y + height), colour)
 
-    skin = shade("#f2cdb2", "#deac8a", "#ba825f", "#80543c")
-    hair = shade("#261c18", "#5c3a22", "#c49c5c", "#964624")
-    iris = shade("#463223", "#466e96", "#507846")
-    lips = shade("#be4650", "#a53c3c")
-    image = Image.new("RGB", (178, 218), shade("#96b9d7", "#cdc8b9", "#5f6e69", "#cda5a5"))
-    draw = ImageDraw.Draw(image, "RGBA")
-    x, y = 89 + rng.uniform(-5, 5), 112 + rng.uniform(-4, 4)
+    skin = f"hsl(24, 45%, {rng.randint(40, 82)}%)"
+    hair = f"hsl({rng.randint(15, 45)}, 60%, {rng.randint(6, 40)}%)"
+    iris = f"hsl({rng.randint(20, 220)}, 40%, 25%)"
+    wall = f"hsl({rng.randrange(360)}, 25%, {rng.randint(35, 80)}%)"
+    image = Image.new("RGB", (178, 218), wall)
+    draw = ImageDraw.Draw(image)
+    x, y = rng.uniform(84, 94), rng.uniform(108, 116)
     width, height = rng.uniform(43, 51), rng.uniform(58, 66)
-    locks = y + height + rng.choice((-12, 30))
-    draw.ellipse((x - width - 14, y - height - 16, x + width + 14, locks), hair)
+    length = rng.choice((0, 20))
+    oval(x, y - 15 + length, width + 14, height + length, hair)
     draw.rectangle((x - 19, y + 40, x + 19, 218), skin)
-    draw.rectangle((x - 19, y + 40, x + 19, 218), "#00000028")  # in the shadow of the chin
-    draw.ellipse((x - width, y - height, x + width, y + height), skin)
-    fringe = y - height * rng.uniform(0.1, 0.4)
-    draw.chord((x - width, y - height - 6, x + width, fringe), 175, 365, hair)
-    for eye in (x + rng.uniform(-22, -18), x + rng.uniform(18, 22)):
-        draw.ellipse((eye - 10, y - 12, eye + 10, y), "#faf8f4")
-        draw.circle((eye, y - 6), 5.5, iris)
-        draw.circle((eye, y - 6), 2.5, "black")
-        draw.line((eye - 10, y - 21, eye + 10, y - 21), hair, 4)
-    draw.line((x, y - 4, x - 4, y + 17, x + 4, y + 17), "#00000048", 3)
-    smile = 12 * rng.random()
-    draw.chord((x - 18, y + 34 - smile, x + 18, y + 38 + smile), 0, 180, lips)
+    oval(x, y, width, height, skin)
+    for eye in (x - 20, x + 20):
+        oval(eye, y - 6, 10, 6, "white")
+        oval(eye, y - 6, 4, 5, iris)
+        draw.line((eye - 10, y - 20, eye + 10, y - 20), hair, 4)
+    smile = rng.uniform(0, 12)
+    draw.chord((x - 18, y + 34 - smile, x + 18, y + 38 + smile), 0, 180, "#be4650")
     return image.filter(ImageFilter.GaussianBlur(1.2))
 
 
@@ -2158,20 +2046,43 @@ def draw_face(rng):
 
 
 class UserError(ValueError):
-    """What a user can mend, in one line: a wrong call, setting or path.
+    """What a user can fix, in one line: a wrong call, setting or path."""
 
-    `status` is the exit status of the command line: 2, or 1 for a failure on the way.
-    """
+    status = 2  # the exit status of the command line
 
-    def __init__(self, text, status=2):
-        super().__init__(text)
-        self.status = status
+
+class RunError(UserError):
+    """A UserError that only shows after the work has begun."""
+
+    status = 1
 
 
 class SystemFailure(OSError):
     """A failure of network or disk, in one line."""
 
     status = 1
+
+
+def out_of_memory(error):
+    """Whether `error` was raised because the memory of a device or of the CPU is full."""
+    full = "out of memory|DefaultCPUAllocator|ALLOC_FAILED"
+    return isinstance(error, MemoryError) or re.search(full, str(error)) is not None
+
+
+@contextmanager
+def damage_errors(text):
+    """Turn any error within `with` into a UserError that begins with `text`.
+
+    A damaged file can raise almost any error. Errors of memory or disk pass through unchanged.
+    """
+    try:
+        yield
+    except SystemFailure:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{text} ({one_line(error)})") from error
 
 
 @contextmanager
@@ -2182,19 +2093,18 @@ def disk_errors(path):
     except SystemFailure:
         raise
     except OSError as error:
-        text = f"{error.strerror or error}: {error.filename or path}"
-        raise SystemFailure(text) from error
+        raise SystemFailure(f"{error.strerror or error}: {error.filename or path}") from error
 
 
 @contextmanager
 def replacing(path, previous=None):
-    """A file to write beside `path`, which takes its name when all is written.
+    """A file to write next to `path`, which takes that name when everything is written.
 
-    Until then the old file stays whole; then it becomes `previous`, if that is given.
+    Until then the old file stays as it is; then it becomes `previous`, if that is given.
     """
-    part = path.with_name(path.name + ".part")
+    part = Path(f"{path}.part")
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with open(part, "wb") as file:
                 yield file
@@ -2205,7 +2115,7 @@ def replacing(path, previous=None):
             move(part, path)
         finally:
             with suppress(OSError):
-                part.unlink(missing_ok=True)
+                part.unlink()
 
 
 def move(path, to):
@@ -2218,14 +2128,23 @@ def move(path, to):
 
 
 def write_file(path, write, previous=None):
-    """Let `write(file)` replace `path`, by way of memory.
+    """Let `write(file)` replace `path`.
 
-    To a full disk torch.save itself raises no OSError.
+    It writes to memory first, because torch.save raises no OSError when a disk is full.
     """
     buffer = io.BytesIO()
     write(buffer)
     with replacing(path, previous) as file:
         file.write(buffer.getbuffer())
+
+
+def make_folder(path):
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def output_path(name, chosen=None):
+    """The path `chosen` or, if there is none, that of `name` in OUTPUT_DIR."""
+    return Path(chosen or Path(OUTPUT_DIR) / name)
 
 
 def need_space(folder, size, what):
@@ -2234,13 +2153,24 @@ def need_space(folder, size, what):
     if free < size:
         raise SystemFailure(
             f"{what} needs {readable(size)} on the disk of {folder}, which has {readable(free)} "
-            "free; make room there"
+            "free; free some space"
         )
 
 
+def need_module(name, install):
+    """Raise RunError if a module is missing; `install` is what pip has to install."""
+    if importlib.util.find_spec(name) is None:
+        raise RunError(f"the module {name} is missing: pip install {install}")
+
+
 def readable(size):
-    """A number of bytes in words."""
+    """A number of bytes as text."""
     return f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def plural(count, noun):
+    """ "1 epoch", "2 epochs"."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def locked(path, waiting=None):
@@ -2250,35 +2180,35 @@ def locked(path, waiting=None):
     SystemFailure.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            return FileLock(path).acquire(timeout=0)
-        except Timeout:
-            pass
+        make_folder(path.parent)
+        lock = FileLock(path)
+        with suppress(Timeout):
+            return lock.acquire(timeout=0)
         if waiting is None:
             raise SystemFailure(
-                f"{path.parent} is in use by another run; wait for that one, or change OUTPUT_DIR"
+                f"{path.parent} is in use by another run; wait for its end, or change OUTPUT_DIR"
             )
         say(waiting)
-        return FileLock(path).acquire()
+        return lock.acquire()
 
 
 def build_once(find, build, lock, waiting):
-    """What `find()` returns; while that is None, `build()` makes it, in one process alone."""
-    found = find()
-    if found is None:
+    """What `find()` returns. While that is None, a single process calls `build()` to make it."""
+    if find() is None:
         with locked(lock, waiting):
-            found = find()
-            if found is None:
+            if find() is None:
                 build()
-                found = find()
-    return found
+    return find()
 
 
 def seed_for(*parts):
     """A seed, the same on any machine, that differs for each SEED and `parts`."""
-    text = repr((SEED, *parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return int(digest(repr((SEED, *parts)))[:16], 16) >> 1  # 63 bits
+
+
+def digest(text):
+    """The SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def in_notebook():
@@ -2297,19 +2227,20 @@ def show(picture, place=None):
     return place
 
 
-def progress_bar(*args, **options):
-    """A tqdm bar, in a notebook a notebook's; none where nobody would see it."""
-    with warnings.catch_warnings(action="ignore"):  # of missing ipywidgets
+def progress_bar(items, total, name, unit, **options):
+    """A tqdm bar, of the notebook style in a notebook; hidden where nobody would see it."""
+    with warnings.catch_warnings(action="ignore"):  # about missing ipywidgets
         from tqdm import auto
     hidden = RANK > 0 or not (sys.stderr.isatty() or in_notebook())
-    return auto.tqdm(*args, disable=hidden, dynamic_ncols=True, **options)
+    options |= {"disable": hidden, "dynamic_ncols": True}
+    return auto.tqdm(items, name, total, unit=unit, **options)
 
 
 def say(text):
     """Print a line, above any progress bar, on rank 0."""
     if RANK > 0:
         return
-    with suppress(OSError, ValueError):  # a terminal that is gone stops nobody
+    with suppress(OSError, ValueError):  # work continues when the terminal is gone
         tqdm.write(text)
         sys.stdout.flush()
 
@@ -2319,121 +2250,61 @@ def one_line(error):
     return re.sub(r"\s+", " ", str(error))[:120] or type(error).__name__
 
 
-# ------------------------------------------------------------------------------------ command line
+# -------------------------------------------------------------------------- ranges of the settings
 
-
-class Number(NamedTuple):
-    """A number of type `kind`, from `low` to `high`, both included."""
-
-    kind: type
-    low: float
-    high: float
-    help: str = ""
-    optional: bool = False
-
-    def parse(self, value):
-        """`value`, a number or the text of one, as `kind`. Raises ValueError or the like."""
-        number = self.kind(value)
-        exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
-        if not exact or not self.low <= number <= self.high:
-            raise ValueError
-        return number
-
-    def allowed(self):
-        whole = "whole " if self.kind is int else ""
-        return f"a {whole}number from {self.low:,} to {self.high:,}"
-
-
-class Text(NamedTuple):
-    """Text that has the form of `pattern`: a path if no other is given."""
-
-    help: str
-    form: str = "a path"
-    pattern: str = r"[^\0]+"
-    optional: bool = False
-
-    def parse(self, value):
-        text = os.fspath(value)
-        os.fsencode(text)  # raises ValueError if no file can have this name
-        if not re.fullmatch(self.pattern, text):
-            raise ValueError
-        return text
-
-    def allowed(self):
-        return self.form
-
-
-class Size(Number):
-    """A number of pixels a side that the networks can have."""
-
-    def parse(self, value):
-        number = super().parse(value)
-        if number not in (32, 64, 128, 256):
-            raise ValueError
-        return number
-
-    def allowed(self):
-        return "32, 64, 128 or 256"
-
-
-SETTING_GROUPS: dict[str, dict] = {
+# What each setting is and, after the semicolon, what it may be: a range of whole numbers (2..65536)
+# or of any numbers (0.0..1.0), one of some words or numbers, or a path.
+SETTING_GROUPS = {
     "data": {
-        "IMAGE_SIZE": Size(int, 32, 256, "pixels a side"),
-        "BATCH_SIZE": Number(int, 2, 65_536, "images a step, over all processes"),
-        "MAX_IMAGES": Number(int, 1, 10**9, "train on the first N images", optional=True),
-        "WORKERS": Number(int, 0, 1_024, "processes that decode the JPEGs", optional=True),
+        "IMAGE_SIZE": "pixels per side; 32, 64, 128, 256",
+        "BATCH_SIZE": "images per step, over all processes; 2..65536",
+        "MAX_IMAGES": "number of images to use, in the order of their names; 1..1000000000 or None",
+        "WORKERS": "processes that decode images; 0..1024 or None",
     },
     "networks": {
-        "LATENT_SIZE": Number(int, 1, 65_536, "length of the noise that a face is made from"),
-        "G_FEATURES": Number(int, 4, 1_024, "the generator's feature maps next to the image"),
-        "D_FEATURES": Number(int, 4, 1_024, "the discriminator's; fewer make it weaker"),
+        "LATENT_SIZE": "length of the noise vector of a face; 1..65536",
+        "G_FEATURES": "channels of the generator's layer next to the image; 4..1024",
+        "D_FEATURES": "channels of the discriminator's layer next to the image; 4..1024",
     },
     "training": {
-        "EPOCHS": Number(int, 1, 10**6, "passes over the images; raise it to go on"),
-        "LEARNING_RATE": Number(float, 0, 1, "of both AdamWs"),
-        "D_LEARNING_RATE": Number(float, 0, 1, "the discriminator's own", optional=True),
-        "BETA1": Number(float, 0, 0.999, "AdamW's momentum"),
-        "BETA2": Number(float, 0, 0.99999, "AdamW's memory of squared gradients"),
-        "WEIGHT_DECAY": Number(float, 0, 1, "AdamW's weight decay"),
-        "REAL_LABEL": Number(float, 0.5, 1, "target for real images; 0.9 holds D back"),
-        "R1_GAMMA": Number(float, 0, 1_000, "weight of D's gradient penalty, which holds it back"),
-        "AVERAGE_SHARE": Number(float, 0, 1, "the average's half-life, of the images seen"),
-        "SEED": Number(int, 0, 2**63 - 1, "decides weights, noise and the order of images"),
+        "EPOCHS": "passes over the images; 1..1000000",
+        "LEARNING_RATE": "learning rate of both optimizers; 0.0..1.0",
+        "D_LEARNING_RATE": "learning rate of the discriminator, if different; 0.0..1.0 or None",
+        "BETA1": "decay rate of AdamW's average of gradients; 0.0..0.999",
+        "BETA2": "decay rate of AdamW's average of squared gradients; 0.0..0.99999",
+        "WEIGHT_DECAY": "weight decay of AdamW; 0.0..1.0",
+        "REAL_LABEL": "target for real images; 0.5..1.0",
+        "R1_GAMMA": "weight of the discriminator's gradient penalty; 0.0..1000.0",
+        "AVERAGE_SHARE": "half-life of the average, as a share of the images seen; 0.0..1.0",
+        "SEED": "seed of weights, noise and image order; 0..9223372036854775807",
     },
     "reporting": {
-        "LOG_EVERY": Number(int, 1, 10**6, "steps to a row of metrics.csv"),
-        "CHECKPOINT_MINUTES": Number(float, 0, 10**6, "minutes of work that can be lost at most"),
+        "LOG_EVERY": "steps per row of metrics.csv; 1..1000000",
+        "CHECKPOINT_MINUTES": "minutes between checkpoints; 0.0..1000000.0",
     },
     "hardware": {
-        "DEVICE": Text(
-            "where to train; without it, on the best that is there",
-            form="cpu, mps, cuda or cuda:1",
-            pattern=r"cpu|mps|cuda(:\d+)?",
-            optional=True,
-        ),
-        "PRECISION": Text(
-            "of the networks' arithmetic; without it, the device's fastest",
-            form="float32, bfloat16 or float16",
-            pattern="float32|bfloat16|float16",
-            optional=True,
-        ),
+        "DEVICE": "device for the networks; cpu, mps, xpu, cuda, cuda:N or None",
+        "PRECISION": "floating-point type of the networks; float32, bfloat16, float16 or None",
     },
     "places": {
-        "DATA_DIR": Text("a folder of images, at any depth"),
-        "CACHE_DIR": Text("for decoded images"),
-        "OUTPUT_DIR": Text("for all else that a run writes"),
-        "KAGGLE_DATASET": Text("on kaggle.com", form="owner/name", pattern=r"[\w-]+/[\w-]+"),
+        "DATA_DIR": "folder of images, which may be in subfolders; a path",
+        "CACHE_DIR": "folder for decoded images; a path",
+        "OUTPUT_DIR": "folder of the run: samples, tables, checkpoints; a path",
+        "KAGGLE_DATASET": "data set on kaggle.com; owner/name",
     },
 }
 SETTINGS = {name: setting for group in SETTING_GROUPS.values() for name, setting in group.items()}
+# The arguments of the commands.
 ARGUMENTS = {
-    "num_images": Number(int, 1, 10**9),
-    "num_faces": Number(int, 2, 1_000),
-    "frames": Number(int, 1, 1_000),
-    "seed": Number(int, 0, 2**63 - 1),
-    "truncation": Number(float, 0, 1),
+    "num_images": "number of faces; 1..1000000000",
+    "num_faces": "number of faces; 2..1000",
+    "frames": "frames from one face to the next; 1..1000",
+    "truncation": "factor for the noise; below 1, faces are cleaner but more alike; 0.0..1.0",
+    "seed": "seed of the noise: the same seed draws the same faces; 0..9223372036854775807",
+    "checkpoint": "checkpoint.pt or generator.pt to draw from; a path",
+    "output": "file or folder to write; a path",
 }
-COUNT = Number(int, 0, 10**15)  # of epochs, steps or images
+COUNT = "0..1000000000000000"  # of epochs, steps or images
 
 
 def setting_values():
@@ -2450,15 +2321,39 @@ def checked(name, value):
 
     Raises UserError, with what is allowed.
     """
-    kind = SETTINGS.get(name) or ARGUMENTS[name]
-    if kind.optional and value in (None, "None", "none"):
-        return None
+    allowed = (SETTINGS | ARGUMENTS)[name].rpartition("; ")[2]
     try:
-        return kind.parse(value)
+        return parse(value, allowed)
     except (TypeError, ValueError, OverflowError):
-        allowed = kind.allowed() + (" or None" if kind.optional else "")
         given = one_line(repr(value))
-        raise UserError(f"{name} ({flag(name)}) is {given}; it must be {allowed}") from None
+        whole = " (whole numbers)" if re.match(r"\d+\.\.", allowed) else ""
+        text = f"{name} ({flag(name)}) is {given}; it must be {allowed}{whole}"
+        raise UserError(text) from None
+
+
+def parse(value, allowed):
+    """`value`, which may be text, as the type that `allowed` describes, as in the table above.
+
+    Raises ValueError, TypeError or OverflowError for all others.
+    """
+    rule = allowed.removesuffix(" or None")
+    if rule != allowed and value in (None, "None", "none"):
+        return None
+    low, is_range, high = rule.partition("..")
+    if is_range:
+        kind = float if "." in low else int
+        number = kind(value)
+        exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
+        if exact and kind(low) <= number <= kind(high):
+            return number
+        raise ValueError
+    text = os.fspath(value) if rule == "a path" else str(value)
+    patterns = {"a path": r"[^\0]+", "owner/name": r"[\w-]+/[\w-]+"}
+    pattern = patterns.get(rule) or rule.replace(", ", "|").replace("N", "[0-9]+")
+    os.fsencode(text)  # raises ValueError if no file can have this name
+    if not re.fullmatch(pattern, text):
+        raise ValueError
+    return int(text) if rule[0].isdigit() else text
 
 
 def check_settings():
@@ -2468,168 +2363,147 @@ def check_settings():
     data, output = Path(DATA_DIR).resolve(), Path(OUTPUT_DIR).resolve()
     if data in (output, *output.parents):
         raise UserError(
-            f"OUTPUT_DIR ({OUTPUT_DIR}) lies in DATA_DIR ({DATA_DIR}); move it, or samples are "
-            "trained on"
+            f"OUTPUT_DIR ({OUTPUT_DIR}) is inside DATA_DIR ({DATA_DIR}); move it, or samples would "
+            "become training images"
         )
     if BATCH_SIZE % WORLD_SIZE:
         raise UserError(
-            f"BATCH_SIZE is {BATCH_SIZE}; it must be a multiple of the {WORLD_SIZE} processes"
+            f"BATCH_SIZE is {BATCH_SIZE}; it must be a multiple of the number of processes "
+            f"({WORLD_SIZE})"
         )
 
 
+# ------------------------------------------------------------------------------------ command line
+
+
+# The flags of all commands that use a trained generator. Small letters are arguments of the
+# function, capitals are settings. An empty text stands for the meaning in the table of ranges.
+GENERATOR_FLAGS = {
+    "seed": "",
+    "checkpoint": "",
+    "OUTPUT_DIR": "folder of the trained run",
+    "DEVICE": "",
+    "PRECISION": "",
+}
+# For each command: the function that it calls, what it does, and its flags.
+COMMANDS = {
+    "generate": (
+        generate,
+        "Generate new faces: one grid or, with --individual, one file per face.",
+        GENERATOR_FLAGS | {"num_images": "", "truncation": "", "output": ""},
+    ),
+    "interpolate": (
+        interpolate,
+        "Make a looping animation that moves from face to face.",
+        GENERATOR_FLAGS | {"num_faces": "", "frames": "", "output": ""},
+    ),
+    "evaluate": (
+        evaluate,
+        "Measure FID, KID, precision and recall of new faces, and append them to evaluation.csv.",
+        GENERATOR_FLAGS
+        | {
+            "num_images": "",
+            "MAX_IMAGES": "number of real images to compare with, in the order of their names",
+            "WORKERS": "",
+            "DATA_DIR": "folder of the real images",
+            "CACHE_DIR": "folder for decoded images and for Inception features of real ones",
+        },
+    ),
+}
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse's, but an error is a UserError of one line, and no flag may be shortened.
-
-    `known` are the flags of all parsers. One that is not among them is named, since argparse would
-    take its value for a command and complain about that.
-    """
-
-    known: set[str] = set()
-
-    def __init__(self, **options):
-        form = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=form, **options)
-
-    def parse_args(self, words):
-        for word in words:
-            if word.startswith("--") and word.partition("=")[0] not in self.known:
-                self.error(f"there is no flag {word}")
-        return super().parse_args(words)
+    """argparse's, but an error is a UserError of one line."""
 
     def error(self, message):
         raise UserError(f"{one_line(message)}; see {self.prog} --help")
 
 
 def command_line():
-    """The parser: a flag for each setting, and the commands with flags of their own."""
+    """The parser: flags for training, and the commands with flags of their own."""
     about = __doc__.partition("\n\nThe method")[0]
-    parser = Parser(prog="dcgan.py", usage="dcgan.py [command] [flags]", description=about)
-    parser.set_defaults(command=train)
-    parser.add_argument(
-        "--demo",
-        action="store_true",
-        help="train on faces that the script draws, in minutes",
+    options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    usage = "dcgan.py [command] [flags]"
+    parser = Parser("dcgan.py", usage, about, **options)
+    text = "a short run on cartoon faces that the script draws; takes minutes"
+    parser.add_argument("--demo", action="store_true", help=text)
+    add_flags(parser, train, dict.fromkeys(SETTINGS, ""))
+    words = parser.add_subparsers(
+        title="commands, instead of training", metavar="command", prog="dcgan.py", dest="command"
     )
-    commands = parser.add_subparsers(
-        title="commands, in place of training", metavar="command", prog="dcgan.py"
-    )
-
-    draw = add_command(commands, generate)
-    add_argument(draw, generate, "num_images", "how many faces")
-    add_argument(draw, generate, "truncation", "of the noise; under 1: surer faces, more alike")
-    add_argument(draw, generate, "output", "where to save the grid or the files")
-    add_argument(draw, generate, "individual", "a PNG for each image", action="store_true")
-
-    walk = add_command(commands, interpolate)
-    add_argument(walk, interpolate, "num_faces", "how many faces")
-    add_argument(walk, interpolate, "frames", "pictures from one face to the next")
-    add_argument(walk, interpolate, "output", "where to save the film")
-
-    judge = add_command(commands, evaluate)
-    add_argument(judge, evaluate, "num_images", "how many new faces")
-    add_argument(judge, evaluate, "inception_weights", "a file, in place of a download")
-    add_settings(judge, ("MAX_IMAGES", "WORKERS", "DATA_DIR", "CACHE_DIR"))
-
-    add_settings(parser, SETTINGS)
-    for one in (parser, draw, walk, judge):
-        Parser.known.update(one._option_string_actions)
+    for word, (function, about, flags) in COMMANDS.items():
+        inner = words.add_parser(word, help=about, description=about, **options)
+        add_flags(inner, function, flags)
+    text = "one PNG file per face instead of a grid"
+    words.choices["generate"].add_argument("--individual", action="store_true", help=text)
     return parser
 
 
-def add_command(commands, function):
-    """A parser for a command that calls `function`."""
-    about = inspect.getdoc(function)
-    name, first_line = function.__name__, about.splitlines()[0]
-    parser = commands.add_parser(name, help=first_line, description=about)
-    parser.set_defaults(command=function)
-    add_argument(parser, function, "checkpoint", "a checkpoint.pt or generator.pt to draw with")
-    add_argument(parser, function, "seed", "the same seed draws the same faces")
-    add_settings(parser, ("OUTPUT_DIR", "DEVICE", "PRECISION"))
-    return parser
-
-
-def add_argument(parser, function, name, text, **options):
-    """A flag for an argument of `function`, with the default that it has there."""
-    default = inspect.signature(function).parameters[name].default
-    if default is not None and default is not False:
-        text = f"{text} [{default}]"
-    parser.add_argument(flag(name), default=default, help=text, **options)
-
-
-def add_settings(parser, names):
-    """Flags for these settings, grouped, with range and default."""
-    for title, group in SETTING_GROUPS.items():
+def add_flags(parser, function, flags):
+    """Add `flags` of a command that calls `function`, in groups, with ranges and defaults."""
+    parameters = inspect.signature(function).parameters
+    for title, group in ({"arguments": ARGUMENTS} | SETTING_GROUPS).items():
         section = parser.add_argument_group(title)
-        for name, setting in group.items():
-            if name in names:
-                default = globals()[name]
-                text = f"{setting.help}; {setting.allowed()}"
-                if default is not None:
-                    text = f"{text} [{default}]"
-                section.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text)
+        for name, row in group.items():
+            if name not in flags:
+                continue
+            meaning, _, allowed = row.rpartition("; ")
+            metavar = "PATH" if allowed == "a path" else "N" if allowed[0].isdigit() else "NAME"
+            default = parameters[name].default if name in parameters else globals()[name]
+            shown = "" if default is None else f"; default {default}"
+            text = f"{flags[name] or meaning} ({allowed}{shown})".replace("%", "%%")
+            options = {"metavar": metavar, "default": argparse.SUPPRESS}
+            section.add_argument(flag(name), dest=name, help=text, **options)
 
 
-# What PyTorch says where a device lacks an operation, in this precision or with so little memory.
-UNSUPPORTED = (
-    "implemented for the .* device|Could not run 'aten::|not implemented for '(Half|BFloat16)'"
-    "|unable to find an engine"
-)
+def parse_words(words):
+    """(function to call, its arguments, settings to change) for the words of a command line.
+
+    Raises UserError for what is unknown, and for a setting that the command does not use.
+    """
+    known = [flag(name) for name in (*SETTINGS, *ARGUMENTS, "demo", "individual", "help")]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in known:  # argparse would call its value a command
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "see dcgan.py --help"
+            raise UserError(f"there is no flag {one_line(name)}; {hint}")
+    given, unused = command_line().parse_known_args(words)
+    options = vars(given)
+    demo, word = options.pop("demo"), options.pop("command")
+    settings = {name: options.pop(name) for name in SETTINGS if name in options}
+    function, program = train, "dcgan.py"
+    if word:
+        function, _, flags = COMMANDS[word]
+        program = f"dcgan.py {word}"
+        unused += [flag(name) for name in settings if name not in flags]
+    if unused:
+        raise UserError(f"{one_line(unused[0])} has no effect here; see {program} --help")
+    return function, options, DEMO | settings if demo else settings
 
 
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a failure, 2 for a wrong call.
 
-    After a signal it is 128 and the signal's number. What nobody but an editor of this file can
-    mend keeps its traceback.
+    After a signal it is 128 plus the number of the signal. Errors that only someone editing this
+    file can fix keep their traceback.
     """
     settings_before = setting_values()
     try:
-        words = sys.argv[1:] if argv is None else argv
-        options = vars(command_line().parse_args(words))
-        command = options.pop("command")
-        flags = {name: options.pop(name) for name in SETTINGS if name in options}
-        if options.pop("demo"):
-            globals().update(DEMO)
-        globals().update(flags)
-        command(**options)
+        function, arguments, settings = parse_words(sys.argv[1:] if argv is None else argv)
+        globals().update(settings)
+        function(**arguments)
         return 0
     except KeyboardInterrupt as interrupt:
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except (UserError, SystemFailure) as error:
-        return complain(error, error.status)
+        text, status = error, error.status
     except (RuntimeError, MemoryError) as error:  # mostly PyTorch's
-        if out_of_memory(error):
-            return complain(
-                f"{memory_left(error)} ({one_line(error)}); lower BATCH_SIZE or IMAGE_SIZE, "
-                "or ask for fewer images"
-            )
-        if re.search(UNSUPPORTED, str(error)):
-            cure = "try --precision float32, a lower BATCH_SIZE or --device cpu"
-            return complain(f"{one_line(error)}; {cure}")
-        if WORLD_SIZE > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
-            return complain(f"process {RANK} has lost the others ({one_line(error)})")
-        raise
+        text, status = device_error(error), 1
+        if text is None:
+            raise
     finally:
         globals().update(settings_before)
-
-
-def out_of_memory(error):
-    """Whether `error` was raised because the memory of a device or a CPU is full."""
-    full = re.search("out of memory|DefaultCPUAllocator|ALLOC_FAILED", str(error))
-    return bool(full) or isinstance(error, MemoryError)
-
-
-def memory_left(error):
-    """Which memory is full, and how much of a GPU's is free, in words."""
-    if not torch.cuda.is_available() or not re.search("CUDA|HIP", str(error)):
-        return "out of memory"
-    free, total = torch.cuda.mem_get_info()
-    name = torch.cuda.get_device_name()
-    return f"out of memory: {readable(free)} of {readable(total)} are free on the {name}"
-
-
-def complain(text, status=1):
-    """Print an error in its one line, and return the exit status."""
     print(f"dcgan.py: error: {text}", file=sys.stderr)
     return status
 

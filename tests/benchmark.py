@@ -30,14 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dcgan  # noqa: E402
 
 CELEBA = 202_599  # images
-USUAL_TRANSFORM = transforms.Compose(
-    [
-        transforms.Resize(64),
-        transforms.CenterCrop(64),
-        transforms.ToTensor(),
-        transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    ]
-)
+USUAL_STEPS = [transforms.Resize(64), transforms.CenterCrop(64), transforms.ToTensor()]
+USUAL_STEPS += [transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))]
+USUAL_TRANSFORM = transforms.Compose(USUAL_STEPS)
 
 
 def usual_networks():
@@ -103,7 +98,7 @@ def ours(images, device, dtype):
         for step, batch in enumerate(batches.epoch(epoch), 1):
             trainer.advance(*batch)
             if step % dcgan.LOG_EVERY == 0:
-                trainer.fetch(dcgan.LOG_EVERY)
+                trainer.take_means()
             yield
 
 
@@ -323,7 +318,7 @@ def scale(options):
         + ("batches, MiB", "run, MiB")
     ]
     dcgan.MAX_IMAGES, device = None, dcgan.pick_device()
-    for count in options.scale:
+    for count in options.scale or [10_000, 100_000, 1_000_000]:
         with tempfile.TemporaryDirectory() as place:
             dcgan.DATA_DIR, dcgan.CACHE_DIR = f"{place}/faces", f"{place}/cache"
             make_empty(count)
@@ -355,11 +350,10 @@ def make_empty(count):
     folder.mkdir()
     for index in range(count):
         os.close(os.open(f"{folder}/{index:07d}.jpg", os.O_CREAT))
-    key = dcgan.data_key(sorted(dcgan.list_images(folder)), size)
-    path = dcgan.cache_path(folder, key, size)
-    path.parent.mkdir()
-    with open(path, "wb") as file:
-        dcgan.write_cache_header(file, count, size)
+    faces = dcgan.FaceFolder(folder, sorted(dcgan.list_images(folder)), size)
+    faces.cache.parent.mkdir()
+    with open(faces.cache, "wb") as file:
+        faces.write_header(file, count)
         file.truncate(file.tell() + count * 3 * size**2)
 
 
@@ -376,12 +370,9 @@ def main():
             for index in range(options.images):
                 face = dcgan.draw_face(random.Random(index))
                 face.save(options.folder / f"{index:06d}.jpg", quality=90)
-        dcgan.DATA_DIR = str(options.folder)
-        dcgan.CACHE_DIR = str(options.cache)
-        dcgan.OUTPUT_DIR = place
-        dcgan.MAX_IMAGES = options.images
-        dcgan.BATCH_SIZE = options.batch_size
-        dcgan.DEVICE = options.device
+        dcgan.DATA_DIR, dcgan.CACHE_DIR = str(options.folder), str(options.cache)
+        dcgan.OUTPUT_DIR, dcgan.MAX_IMAGES = place, options.images
+        dcgan.BATCH_SIZE, dcgan.DEVICE = options.batch_size, options.device
         dcgan.IMAGE_SIZE = options.image_size[0] if options.probe else 64
         dcgan.check_settings()
         if options.steps is None:
@@ -393,17 +384,11 @@ def main():
         if options.rounds:
             compare(options)
         options.rounds = options.rounds or 3
-        if options.image_size:
-            sizes(options)
-        if options.processes:
-            processes(options)
-        if options.decode:
-            decode(options)
-        if options.generation:
-            generation(options)
-        if options.scale is not None:
-            options.scale = options.scale or [10_000, 100_000, 1_000_000]
-            scale(options)
+        tables = {"image_size": sizes, "processes": processes, "decode": decode}
+        tables |= {"generation": generation, "scale": scale}
+        for name, more in tables.items():
+            if getattr(options, name) not in (None, False):
+                more(options)
 
 
 def parse():

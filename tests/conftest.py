@@ -1,10 +1,10 @@
 """What the tests share: drawn faces, tiny settings, and the script run as a user runs it."""
 
-import csv
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms.functional import pil_to_tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "dcgan.py"
@@ -33,6 +31,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+os.environ["PYTHONPATH"] = str(ROOT)  # programs that the tests start find dcgan, too
+for variable in [name for name in os.environ if name.startswith("KAGGLE")]:
+    del os.environ[variable]  # no test uses an account of the person who runs it
 
 # Started first, so that neither of two workers is left with a long file at the end.
 LONG_FILES = (
@@ -60,19 +62,10 @@ TINY = {
     "DEVICE": "cpu",
     "PRECISION": "float32",
 }
-RUN_FILES = {  # of one epoch, in OUTPUT_DIR
-    ".lock",
-    "checkpoint.pt",
-    "generator.pt",
-    "losses.png",
-    "metrics.csv",
-    "quality.csv",
-    "real_vs_fake.png",
-    "training.gif",
-    "samples/epoch_000.png",
-    "samples/epoch_001.png",
-    "samples/latest.png",
-}
+# What a run of two epochs leaves in OUTPUT_DIR.
+RUN_FILES = set(".lock checkpoint.pt generator.pt metrics.csv quality.csv losses.png".split())
+RUN_FILES |= set("real_vs_fake.png training.gif samples/latest.png".split())
+RUN_FILES |= {f"samples/epoch_00{epoch}.png" for epoch in range(3)}
 
 
 def flags(**changed):
@@ -81,30 +74,38 @@ def flags(**changed):
     return [text for name, value in pairs for text in (dcgan.flag(name), str(value))]
 
 
-def start(*arguments, cwd, env=None, program=(SCRIPT,), **options):
+def start(*arguments, cwd, env=None, program=(SCRIPT,), before=(), **options):
     """Start `python dcgan.py ARGUMENTS` in `cwd`; the process, with its output in pipes of text.
 
-    `program` is what Python runs in place of dcgan.py.
+    `program` is what Python runs instead of dcgan.py; `before` comes before Python.
     """
-    command = [sys.executable, *map(str, program), *map(str, arguments)]
-    pipes = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "stdin": subprocess.DEVNULL,
-    }
-    env = os.environ | (env or {})
-    return subprocess.Popen(command, cwd=cwd, env=env, **pipes | options)
+    command = [*before, sys.executable, *program, *arguments]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    options = pipes | {"text": True, "env": os.environ | (env or {})} | options
+    return subprocess.Popen(list(map(str, command)), cwd=cwd, **options)
 
 
-def run(*arguments, cwd, env=None, timeout=300, **options):
-    """Run `python dcgan.py ARGUMENTS` in `cwd` to its end. Returns a CompletedProcess."""
-    with start(*arguments, cwd=cwd, env=env, **options) as process:
+def run(*arguments, timeout=300, **options):
+    """Run `python dcgan.py ARGUMENTS` to its end; options as for `start`: a CompletedProcess."""
+    with start(*arguments, **options) as process:
         try:
             stdout, stderr = process.communicate(timeout=timeout)
             return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
         finally:
             process.kill()
+
+
+def succeed(*arguments, **options):
+    """stdout of `run`, which has to succeed and print nothing on stderr."""
+    done = run(*arguments, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def one_line(text, *words):
@@ -125,47 +126,17 @@ def refused(capsys, *arguments, status=2):
     return line
 
 
-def everything(folder="."):
-    """All below a folder, with when it was written."""
-    return {path: path.lstat().st_mtime_ns for path in Path(folder).rglob("*")}
-
-
-def table(path):
-    """The rows of a file like metrics.csv, each a dict; none if the file is not there yet."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def pixels(path):
-    """A picture as a tensor (3, height, width) of bytes."""
-    with Image.open(path) as image:
-        return pil_to_tensor(image.convert("RGB"))
-
-
-def film(path):
-    """(frames (n, 3, height, width) of bytes, milliseconds of each) of a GIF that runs for ever."""
-    with Image.open(path) as image:
-        assert image.format == "GIF" and image.info["loop"] == 0
-        frames, times = [], []
-        for index in range(image.n_frames):
-            image.seek(index)
-            frames.append(pil_to_tensor(image.convert("RGB")))
-            times.append(image.info["duration"])
-    return torch.stack(frames), times
-
-
-def until(condition, seconds=100):
-    """Wait for something to come true."""
+def until(condition, process=None, seconds=100):
+    """Wait for something to come true while `process` lives."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it does not come to pass"
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it does not happen"
         time.sleep(0.002)
 
 
 def own_mounts(script):
-    """The beginning of a command that runs after `script`, whose mounts nobody else sees."""
+    """The beginning of a command that runs after `script`, whose mounts no other process sees."""
     prefix = ["unshare", "-m", "sh", "-ec"]
     trial = [*prefix, "mount -t tmpfs none /mnt"]
     if not shutil.which("unshare") or subprocess.run(trial, capture_output=True).returncode:
@@ -181,6 +152,15 @@ def draw_faces(folder, number=40):
     return folder
 
 
+def batch(number=0, size=TINY["IMAGE_SIZE"], device="cpu"):
+    """(faces, flips, latents) as the training step takes them; the same for a `number`."""
+    stream = torch.Generator().manual_seed(number)
+    faces = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8, generator=stream)
+    flips = torch.rand(8, 1, 1, 1, generator=stream) < 0.5
+    latents = torch.randn(8, TINY["LATENT_SIZE"], 1, 1, generator=stream)
+    return [tensor.to(device) for tensor in (faces, flips, latents)]
+
+
 @pytest.fixture(scope="session")
 def all_faces(tmp_path_factory):
     return draw_faces(tmp_path_factory.mktemp("faces") / "faces")
@@ -193,10 +173,12 @@ def archive(all_faces):
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
-    """A file of Inception's weights: random ones, of a size that lets images through all layers."""
+    """A TORCH_HOME with Inception's weights: random, of a size that lets images through."""
     from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    home = tmp_path_factory.mktemp("inception")
+    path = home / "hub/checkpoints" / Path(inception_module.URL_INCEPTION_V3).name
+    path.parent.mkdir(parents=True)
     extractor = inception_module.FeatureExtractorInceptionV3
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(inception_module, "load_state_dict_from_url", lambda *url, **options: None)
@@ -207,7 +189,7 @@ def weights(tmp_path_factory):
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
     torch.save(network.state_dict(), path)
-    return path
+    return home
 
 
 @pytest.fixture

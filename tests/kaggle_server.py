@@ -20,12 +20,7 @@ import zipfile
 from pathlib import Path
 
 NAME = "img_align_celeba/img_align_celeba/{}"
-TABLES = (
-    "list_attr_celeba.csv",
-    "list_bbox_celeba.csv",
-    "list_eval_partition.csv",
-    "list_landmarks_align_celeba.csv",
-)
+TABLES = ("attr_celeba", "bbox_celeba", "eval_partition", "landmarks_align_celeba")
 TABLE_BYTES = 3_200_000  # the client writes whole MiB only
 # Kaggle's client knows localhost only on port 80. Python runs this file when it starts, so the
 # client's own process has the other port.
@@ -43,9 +38,8 @@ def archive_of(faces, more=()):
         for index, path in enumerate(sorted(faces.glob("*.jpg")), 1):
             archive.write(path, NAME.format(f"{index:06d}.jpg"))
         for table in TABLES:
-            archive.writestr(
-                table, random.Random(0).randbytes(TABLE_BYTES if table == TABLES[0] else 100)
-            )
+            size = TABLE_BYTES if table == TABLES[0] else 100
+            archive.writestr(f"list_{table}.csv", random.Random(0).randbytes(size))
         for member, data in more:
             archive.writestr(member, data)
     return memory.getvalue()
@@ -58,11 +52,11 @@ class KaggleServer(http.server.ThreadingHTTPServer):
 
     Faults, each a list of which every request uses up the first entry:
 
-    api_answers     statuses in place of the redirect to storage
-    storage_answers statuses, each with an HTML page, in place of the archive; 200: the archive
+    api_answers     statuses instead of the redirect to storage
+    storage_answers statuses, each with an HTML page, instead of the archive; 200: the archive
     cuts            numbers of bytes after which the connection to storage is cut
     stalls          numbers of bytes after which storage falls silent, and then cuts
-    pages           bodies that storage sends in place of the archive, with status 200
+    pages           bodies that storage sends instead of the archive, with status 200
     hang            seconds of silence before the next answer of the API
     """
 
@@ -109,18 +103,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def note(self):
-        self.server.requests.append(
-            (self.command, self.path, self.headers.get("Authorization"), self.headers.get("Range"))
-        )
+        account, part = self.headers.get("Authorization"), self.headers.get("Range")
+        self.server.requests.append((self.command, self.path, account, part))
 
     def answer(self, status, body, kind="application/json", **headers):
         self.send_response(status)
-        for name, value in {
-            "Content-Type": kind,
-            "Content-Length": str(len(body)),
-            **headers,
-        }.items():
-            self.send_header(name.replace("_", "-"), value)
+        headers = {"Content-Type": kind, "Content-Length": str(len(body))} | headers
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -132,15 +122,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if server.hang:
             server.closing.wait(server.hang.pop(0))
         if self.path.endswith("/IntrospectToken"):
-            self.answer(
-                200,
-                json.dumps(
-                    {"active": authorised, "username": "someone" if authorised else ""}
-                ).encode(),
-            )
-        elif self.path.endswith("/GetDatasetMetadata") and not (
-            server.needs_token and not authorised
-        ):
+            about = {"active": authorised, "username": "someone" if authorised else ""}
+            self.answer(200, json.dumps(about).encode())
+        elif self.path.endswith("/GetDatasetMetadata") and (authorised or not server.needs_token):
             self.answer(200, b'{"info": {"licenses": [{"name": "other"}]}}')
         elif server.api_answers:
             status = server.api_answers.pop(0)
@@ -162,14 +146,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(416, b"")
         faults = server.cuts or server.stalls
         end, stalls = start + faults.pop(0) if faults else len(body), faults is server.stalls
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Type", "application/zip")
-        self.send_header("Content-Length", str(len(body) - start))
-        self.send_header("ETag", server.etag)
-        self.send_header("Last-Modified", "Mon, 03 Jun 2019 08:00:00 GMT")
-        self.send_header("Accept-Ranges", "bytes")
-        self.end_headers()
-        self.wfile.write(body[start:end])
+        about = {"ETag": server.etag, "Last-Modified": "Mon, 03 Jun 2019 08:00:00 GMT"}
+        about |= {"Accept-Ranges": "bytes", "Content-Length": str(len(body) - start)}
+        self.answer(206 if start else 200, body[start:end], "application/zip", **about)
         self.wfile.flush()
         if end < len(body):
             if stalls:

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or handed damaged files goes on, and ends as one left alone.
+"""A run that is killed, stopped or given damaged files resumes, and ends as an uninterrupted one.
 
 Most runs here are forked from one process that has torch imported (this file as a script): real
 processes, for real signals, that start in no time. KILLS=40 kills more often than by itself.
@@ -19,20 +19,17 @@ import time
 import traceback
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import dcgan, flags, one_line, own_mounts, run, start, table, until
+from conftest import TINY, dcgan, flags, one_line, own_mounts, refused, start, until
 from PIL import Image
+from reading import checkpoint, metrics, steps_of
 
 KILLS = int(os.environ.get("KILLS", 6))
-LONG = {
-    "BATCH_SIZE": 4,
-    "EPOCHS": 3,
-    "LOG_EVERY": 3,
-    "DATA_DIR": "faces",
-    "CHECKPOINT_MINUTES": 0,
-}  # 10 steps an epoch
+LONG = {"DATA_DIR": "faces", "BATCH_SIZE": 4, "EPOCHS": 3, "LOG_EVERY": 3}  # 10 steps per epoch
+LONG |= {"CHECKPOINT_MINUTES": 0}
 
 
 def serve():
@@ -50,15 +47,9 @@ def serve():
             try:
                 os.setsid()
                 os.chdir(job["cwd"])
-                for number, name in enumerate(
-                    [job["tty"]] * 3 if job["tty"] else [os.devnull, "stdout", "stderr"]
-                ):
-                    mode = (
-                        os.O_RDWR
-                        if job["tty"] or not number
-                        else os.O_CREAT | os.O_TRUNC | os.O_WRONLY
-                    )
-                    os.dup2(os.open(name, mode), number)
+                places = [job["tty"]] * 3 if job["tty"] else [os.devnull, "stdout", "stderr"]
+                for number, name in enumerate(places):
+                    os.dup2(os.open(name, os.O_RDWR), number)
                 signal.alarm(200)
                 if job["nohup"]:
                     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -93,13 +84,29 @@ class Forks:
 
     def wait(self):
         """(status, stdout, stderr) of the run that was started."""
-        status = int(self.server.stdout.readline())
-        return status, *[
-            (self.inside(self.cwd) / name).read_text() for name in ("stdout", "stderr")
-        ]
+        status, folder = int(self.server.stdout.readline()), self.inside(self.cwd)
+        return status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
 
     def run(self, *arguments, **options):
         self.start(*arguments, **options)
+        return self.wait()
+
+    def succeed(self, *arguments, **options):
+        """stdout of a run that succeeds and prints nothing on stderr."""
+        status, stdout, stderr = self.run(*arguments, **options)
+        assert (status, stderr) == (0, "")
+        return stdout
+
+    def fail(self, *arguments, status=1, words=(), **options):
+        """Run what has to end with this status and one line with these words."""
+        found, _, stderr = self.run(*arguments, **options)
+        assert found == status
+        one_line(stderr, *words)
+
+    def interrupt(self, signum, folder, rows=1):
+        """Send a signal after so many rows of metrics.csv: what `wait` returns."""
+        until(lambda: len(metrics(folder)) >= rows)
+        self.send(signum)
         return self.wait()
 
     def inside(self, path):
@@ -120,7 +127,7 @@ def forks():
 
 @pytest.fixture(scope="module")
 def reference(forks, all_faces, tmp_path_factory):
-    """The folder of a run that nobody disturbed."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("reference")
     (folder / "faces").symlink_to(all_faces)
     assert forks.run(folder)[0] == 0
@@ -133,25 +140,14 @@ def half_done(forks, reference, tmp_path_factory):
     folder = copied(reference, tmp_path_factory.mktemp("half") / "done")
     shutil.rmtree(folder / "output")
     forks.start(folder, EPOCHS=10**5)
-    until(lambda: rows_of(folder))
-    forks.send(signal.SIGTERM)
-    assert forks.wait()[0] == 143
-    state = load(folder)
+    assert forks.interrupt(signal.SIGTERM, folder)[0] == 143
+    state = checkpoint(folder)
     assert state["step"] > 0 and state["epoch"] < 3
     return folder
 
 
 def copied(folder, to):
     return shutil.copytree(folder, to, symlinks=True)
-
-
-def load(folder, name="checkpoint.pt"):
-    return torch.load(folder / "output" / name, weights_only=True)
-
-
-def rows_of(folder):
-    """The rows of metrics.csv, without images_per_second."""
-    return [list(row.values())[:-1] for row in table(folder / "output/metrics.csv")]
 
 
 def same(one, two):
@@ -168,14 +164,14 @@ def same(one, two):
 
 def assert_ended_alike(folder, reference, rows=12):
     """Whether a run has ended as another: networks, optimizers, metrics, samples."""
-    states = [load(folder), load(reference)]
+    states = [checkpoint(folder), checkpoint(reference)]
     for state in states:
         del state["settings"]["CHECKPOINT_MINUTES"]
-        state["rows"] = [row[:7] for row in state["rows"]]
+        state["metrics"] = [row[:7] for row in state["metrics"]]
     for key in states[1]:
         assert same(states[0][key], states[1][key]), f"{key} differs"
-    assert same(load(folder, "generator.pt"), load(reference, "generator.pt"))
-    assert rows_of(folder) == rows_of(reference) and len(rows_of(folder)) == rows
+    assert same(checkpoint(folder, "generator.pt"), checkpoint(reference, "generator.pt"))
+    assert metrics(folder) == metrics(reference) and len(metrics(folder)) == rows
     for path in (reference / "output/samples").iterdir():
         assert path.read_bytes() == (folder / "output/samples" / path.name).read_bytes()
 
@@ -196,13 +192,13 @@ def contents(folder):
 # -------------------------------------------------------------------------------- kills and signals
 
 
-def test_a_run_killed_at_random_moments_ends_as_one_left_alone(forks, reference, workplace):
+def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(forks, reference, workplace):
     rng, kills, writing = random.Random(time.time_ns()), 1, 0
-    with start(*flags(**LONG | {"CHECKPOINT_MINUTES": 0}), cwd=workplace) as process:
+    with start(*flags(**LONG), cwd=workplace) as process:
         time.sleep(rng.uniform(0, 3))  # while it imports
         process.kill()
     for number in range(KILLS):
-        forks.start(workplace, CHECKPOINT_MINUTES=0)
+        forks.start(workplace)
         deadline = time.monotonic() + rng.expovariate(1 / 0.5)
         while time.monotonic() < deadline:
             part = "*/**/*.part" if number % 4 == 1 else "output/checkpoint*.part"
@@ -218,7 +214,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(forks, reference,
             assert_ended_alike(workplace, reference)
             shutil.rmtree(workplace / ("output" if number % 3 else "data"))
             shutil.rmtree(workplace / "output", ignore_errors=True)
-    assert forks.run(workplace, CHECKPOINT_MINUTES=0)[::2] == (0, "")
+    forks.succeed(workplace)
     print(f"{kills} kills, {writing} while it was writing")
     assert_ended_alike(workplace, reference)
 
@@ -226,39 +222,32 @@ def test_a_run_killed_at_random_moments_ends_as_one_left_alone(forks, reference,
 def test_a_kill_between_the_renames_of_a_save_is_survived(forks, reference, tmp_path):
     folder = copied(reference, tmp_path / "run")
     (folder / "output/checkpoint.pt").rename(folder / "output/checkpoint.pt.part")
-    assert forks.run(folder)[::2] == (0, "")
+    forks.succeed(folder)
     assert_ended_alike(folder, reference)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(forks, reference, workplace, signum):
+def test_a_signal_saves_says_how_to_resume_and_loses_nothing(forks, reference, workplace, signum):
     forks.start(workplace)
-    until(lambda: rows_of(workplace))
-    forks.send(signum)
-    status, stdout, stderr = forks.wait()
+    status, stdout, stderr = forks.interrupt(signum, workplace)
     assert status == 128 + signum and stderr == ""
-    state = load(workplace)
+    state = checkpoint(workplace)
     assert state["step"] > 0
     line = stdout.splitlines()[-1]
-    assert (
-        f"saved after step {state['step']} of epoch {state['epoch'] + 1}" in line
-        and "goes on" in line
-    )
-    status, stdout, stderr = forks.run(workplace)
-    assert (status, stderr) == (0, "") and "going on" in stdout
+    assert f"saved after step {state['step']} of epoch {state['epoch'] + 1}" in line
+    assert "run the same command again" in line
+    assert "resuming" in forks.succeed(workplace)
     assert_ended_alike(workplace, reference)
 
 
 def test_a_signal_ends_a_run_whose_epochs_have_one_step(forks, workplace, all_faces):
     one_step = {"MAX_IMAGES": LONG["BATCH_SIZE"]}
     forks.start(workplace, **one_step, EPOCHS=10**5)
-    until(lambda: rows_of(workplace))
-    forks.send(signal.SIGTERM)
-    status, stdout, stderr = forks.wait()
+    status, stdout, stderr = forks.interrupt(signal.SIGTERM, workplace)
     assert (status, stderr) == (143, "") and "saved after step 1 of epoch" in stdout
-    epochs = load(workplace)["epoch"] + 3
-    status, stdout, stderr = forks.run(workplace, **one_step, EPOCHS=epochs)
-    assert (status, stderr) == (0, "") and f"the end of epoch {epochs - 2}\n" in stdout
+    epochs = checkpoint(workplace)["epoch"] + 3
+    said = forks.succeed(workplace, **one_step, EPOCHS=epochs)
+    assert f"the end of epoch {epochs - 2}\n" in said
 
     untouched = workplace / "untouched"
     untouched.mkdir()
@@ -281,22 +270,20 @@ def test_ctrl_c_before_the_first_step_ends_at_once(forks, reference, tmp_path):
 
 def test_a_second_ctrl_c_leaves_at_once_with_files_whole(forks, reference, workplace):
     forks.start(workplace, CHECKPOINT_MINUTES=1e6)
-    until(lambda: rows_of(workplace))
+    until(lambda: metrics(workplace))
     forks.send(signal.SIGINT)
     until((workplace / "output/checkpoint.pt").exists)
     forks.send(signal.SIGINT)  # while it draws the pictures
     status, stdout, stderr = forks.wait()
     assert status == 130 and stderr == "" and "saved after" not in stdout
     assert_whole(workplace)
-    assert forks.run(workplace)[::2] == (0, "")
+    forks.succeed(workplace)
     assert_ended_alike(workplace, reference)
 
 
 def test_nohup_outlives_a_hangup(forks, reference, workplace):
     forks.start(workplace, nohup=True)
-    until(lambda: rows_of(workplace))
-    forks.send(signal.SIGHUP)
-    assert forks.wait()[::2] == (0, "")
+    assert forks.interrupt(signal.SIGHUP, workplace)[::2] == (0, "")
     assert_ended_alike(workplace, reference)
 
 
@@ -306,29 +293,32 @@ def test_a_terminal_that_goes_away_loses_nothing(forks, reference, workplace, no
         (workplace / name).touch()
     ours, theirs = os.openpty()
     forks.start(workplace, tty=os.ttyname(theirs), nohup=nohup)
-    while not rows_of(workplace):
+    while not metrics(workplace):
         os.read(ours, 10_000)
     os.close(theirs)
     os.close(ours)
     assert forks.wait()[0] == (0 if nohup else 129)
     assert (workplace / "output/checkpoint.pt").exists()
-    assert forks.run(workplace)[::2] == (0, "")
+    forks.succeed(workplace)
     assert_ended_alike(workplace, reference)
 
 
 # -------------------------------------------------------------------------------------------- disks
 
 
-def test_files_that_may_not_grow_are_named_and_the_old_ones_stay(
-    forks, reference, half_done, tmp_path
-):
+def test_files_that_may_not_grow_are_named(forks, reference, half_done, tmp_path):
     folder = copied(half_done, tmp_path / "run")
     before = contents(folder)
-    status, _, stderr = forks.run(folder, limit=20_000)
-    assert status == 1
-    one_line(stderr, "File too large", "output/")
+    forks.fail(
+        folder,
+        limit=20_000,
+        words=(
+            "File too large",
+            "output/",
+        ),
+    )
     assert contents(folder) == before and not list(folder.rglob("*.part"))
-    assert forks.run(folder)[::2] == (0, "")
+    forks.succeed(folder)
     assert_ended_alike(folder, reference)
 
 
@@ -371,14 +361,18 @@ def test_a_full_disk_is_named_and_the_old_files_stay(small_disk, reference):
     forks, folder, seen = small_disk
     before = contents(seen)
     fill(seen)
-    status, _, stderr = forks.run(folder)
-    assert status == 1
-    one_line(stderr, "No space left on device", "output/")
+    forks.fail(
+        folder,
+        words=(
+            "No space left on device",
+            "output/",
+        ),
+    )
     assert contents(seen) == before and not list((seen / "output").glob("**/*.part"))
 
     (seen / "output/filler").unlink()
-    forks.start(folder, LOG_EVERY=1, EPOCHS=10**5, CHECKPOINT_MINUTES=0)
-    until(lambda: len(rows_of(seen)) > 6)
+    forks.start(folder, LOG_EVERY=1, EPOCHS=10**5)
+    until(lambda: len(metrics(seen)) > 6)
     fill(seen)  # while it trains
     status, _, stderr = forks.wait()
     assert status == 1
@@ -390,7 +384,7 @@ def test_a_full_disk_is_named_and_the_old_files_stay(small_disk, reference):
     shutil.rmtree(seen / "output/samples")
     for path in (seen / "output").glob("*.pt"):
         path.unlink()
-    assert forks.run(folder)[::2] == (0, "")
+    forks.succeed(folder)
     assert_ended_alike(seen, reference)
 
 
@@ -398,9 +392,13 @@ def test_a_disk_that_cannot_be_written_is_named(small_disk):
     forks, folder, seen = small_disk
     before = contents(seen)
     remount(forks, folder, "ro")
-    status, _, stderr = forks.run(folder)
-    assert status == 1
-    one_line(stderr, "Read-only file system", "output")
+    forks.fail(
+        folder,
+        words=(
+            "Read-only file system",
+            "output",
+        ),
+    )
     assert contents(seen) == before
 
 
@@ -413,10 +411,9 @@ def test_an_output_dir_that_is_a_file_is_named(forks, workplace):
 
 
 def test_two_runs_do_not_share_an_output_dir(forks, workplace, tiny, capsys):
-    forks.start(workplace, EPOCHS=10**5, CHECKPOINT_MINUTES=0)
-    until(lambda: rows_of(workplace))
-    assert tiny.main([]) == 1
-    one_line(capsys.readouterr().err, "in use", "output")
+    forks.start(workplace, EPOCHS=10**5)
+    until(lambda: metrics(workplace))
+    one_line(refused(capsys, status=1), "in use", "output")
     forks.send(signal.SIGTERM)
     assert forks.wait()[::2] == (143, "")
 
@@ -443,9 +440,8 @@ def test_a_damaged_checkpoint_is_kept_and_the_one_before_taken(forks, reference,
     newest, previous = folder / "output/checkpoint.pt", folder / "output/checkpoint.previous.pt"
     damaged, good = DAMAGE[damage](newest.read_bytes()), previous.read_bytes()
     newest.write_bytes(damaged)
-    status, stdout, stderr = forks.run(folder)
-    assert (status, stderr) == (0, "")
-    assert "checkpoint.pt is damaged" in stdout and "checkpoint.previous.pt is used" in stdout
+    stdout = forks.succeed(folder)
+    assert "checkpoint.pt is damaged" in stdout and "using checkpoint.previous.pt" in stdout
     assert_ended_alike(folder, reference)
     kept = [path.read_bytes() for path in (folder / "output").glob("*.pt")]
     assert damaged in kept and good in kept
@@ -457,9 +453,14 @@ def test_two_damaged_checkpoints_are_an_error_that_loses_nothing(forks, referenc
         path = folder / "output" / name
         path.write_bytes(flipped(path.read_bytes()))
     before = sorted(contents(folder).values())
-    status, _, stderr = forks.run(folder)
-    assert status == 2
-    one_line(stderr, "damaged", "output/checkpoint")
+    forks.fail(
+        folder,
+        status=2,
+        words=(
+            "damaged",
+            "output/checkpoint",
+        ),
+    )
     assert sorted(contents(folder).values()) == before
 
 
@@ -472,25 +473,19 @@ class Bomb:
 
 def bombs(state):
     """Files that run code when they are unpickled."""
-    files = {
-        "zip": io.BytesIO(),
-        "legacy": io.BytesIO(),
-        "hidden": io.BytesIO(),
-        "inner": io.BytesIO(),
-    }
+    files = {name: io.BytesIO() for name in ("zip", "legacy", "hidden", "inner", "pickle")}
     torch.save(Bomb(), files["zip"])
     torch.save(Bomb(), files["legacy"], _use_new_zipfile_serialization=False)
-    torch.save(state | {"rows": [Bomb()]}, files["hidden"])
+    torch.save(state | {"metrics": [Bomb()]}, files["hidden"])
     with zipfile.ZipFile(files["inner"], "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(Bomb(), 2))
         archive.writestr("archive/version", "3")
-    return {name: file.getvalue() for name, file in files.items()} | {
-        "pickle": pickle.dumps(Bomb())
-    }
+    files["pickle"].write(pickle.dumps(Bomb()))
+    return {name: file.getvalue() for name, file in files.items()}
 
 
 def test_a_checkpoint_that_holds_code_never_runs_it(reference, tmp_path, monkeypatch, tiny, capsys):
-    for name, data in bombs(load(reference)).items():
+    for name, data in bombs(checkpoint(reference)).items():
         folder = copied(reference, tmp_path / name)
         monkeypatch.chdir(folder)
         (folder / "bomb.pt").write_bytes(data)
@@ -501,15 +496,14 @@ def test_a_checkpoint_that_holds_code_never_runs_it(reference, tmp_path, monkeyp
         for arguments in (["generate", "--checkpoint", "bomb.pt"], flags(EPOCHS=10)):
             (folder / "output/checkpoint.previous.pt").unlink(missing_ok=True)
             (folder / "output/checkpoint.pt").write_bytes(data)
-            assert tiny.main(arguments) == 2, name
-            one_line(capsys.readouterr().err, ".pt")
+            assert ".pt" in refused(capsys, *arguments)
         assert not os.path.exists("exploded"), name
 
 
 def test_a_small_file_that_claims_a_huge_network_takes_no_memory(
     reference, tmp_path, monkeypatch, tiny, capsys
 ):
-    state = load(reference)
+    state = checkpoint(reference)
     state["settings"] |= {"LATENT_SIZE": 65_536, "G_FEATURES": 16}  # 0.5 GB
     torch.save(state, tmp_path / "huge.pt")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
@@ -518,105 +512,93 @@ def test_a_small_file_that_claims_a_huge_network_takes_no_memory(
         return int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
 
     before = kilobytes("VmRSS")
-    assert tiny.main(["generate", "--checkpoint", str(tmp_path / "huge.pt")]) == 2
-    one_line(capsys.readouterr().err, "huge.pt")
+    assert "huge.pt" in refused(capsys, "generate", "--checkpoint", tmp_path / "huge.pt")
     assert kilobytes("VmHWM") - before < 200_000
 
 
-def test_a_checkpoint_that_is_something_else_is_one_line(reference, tmp_path):
-    for name, thing in {"tensor": torch.zeros(3), "list": [1], "text": "hello"}.items():
-        torch.save(thing, tmp_path / f"{name}.pt")
-        done = run("generate", "--checkpoint", f"{name}.pt", cwd=tmp_path)
-        assert done.returncode == 2
-        one_line(done.stderr, f"{name}.pt", "no checkpoint of dcgan.py")
+def test_a_checkpoint_that_is_something_else_is_one_line(tiny, capsys):
+    for thing in (torch.zeros(3), [1], "hello"):
+        torch.save(thing, "thing.pt")
+        line = refused(capsys, "generate", "--checkpoint", "thing.pt")
+        assert "thing.pt" in line and "not a checkpoint of dcgan.py" in line
 
 
-@pytest.mark.parametrize(
-    "place, error",
-    [
-        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
-        ("dcgan.build_generator", torch.OutOfMemoryError("CUDA out of memory")),
-        ("dcgan.restore_trainer", RuntimeError("MPS backend out of memory")),
-    ],
-)
-def test_a_full_memory_is_no_reason_to_call_a_checkpoint_damaged(
-    tiny, monkeypatch, capsys, place, error
-):
+def test_a_full_memory_is_no_reason_to_call_a_checkpoint_damaged(tiny, monkeypatch, capsys):
     for epochs in (1, 2):  # so that there is a checkpoint.previous.pt, to be used by mistake
         assert tiny.main(["--epochs", str(epochs)]) == 0
     before = contents(Path())
-    capsys.readouterr()
+    for place, error in (
+        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
+        ("dcgan.build_generator", torch.OutOfMemoryError("CUDA out of memory")),
+        ("dcgan.Trainer.load_state_dict", RuntimeError("MPS backend out of memory")),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, Mock(side_effect=error))
+            assert "out of memory" in refused(capsys, "--epochs", "3", status=1)
+        assert contents(Path()) == before
 
-    def full(*arguments, **options):
-        raise error
 
-    monkeypatch.setattr(place, full)
-    assert tiny.main(["--epochs", "3"]) == 1
-    one_line(capsys.readouterr().err, "out of memory")
-    assert contents(Path()) == before
+def as_saved_before(state):
+    """A checkpoint's state under the names that it had in earlier versions."""
+    state = dict(state)
+    optimizers = [state.pop(name) for name in dcgan.Trainer.optimizers]
+    state["optimizers"] = [{"state": one["moments"], "param_groups": []} for one in optimizers]
+    state["scalers"] = [one["scaler"] for one in optimizers]
+    state["rows"] = state.pop("metrics")
+    *state["totals"], steps = state["totals"].tolist()
+    return state | {"interval": int(steps)}
 
 
-def test_files_of_the_version_before_still_load(reference, tmp_path, monkeypatch, tiny, capsys):
-    """There the average was called ema, and its BatchNorm's statistics were averaged, too."""
-    folder = copied(reference, tmp_path / "run")
-    monkeypatch.chdir(folder)
-    for name in ("checkpoint.pt", "generator.pt"):
-        state = load(folder, name)
-        state["ema"] = state.pop("average")
-        for key, tensor in state["ema"].items():
-            if "running" in key:
-                tensor.mul_(0.9)
-        torch.save(state, f"output/{name}")
-    for name in ("checkpoint.pt", "generator.pt"):
-        assert tiny.main(["generate", "--checkpoint", f"output/{name}"]) == 0
-    assert tiny.main(flags(**LONG | {"EPOCHS": 4})) == 0
-    assert "epoch 4, step 1" in capsys.readouterr().out
-    assert load(folder)["epoch"] == 4 and "ema" not in load(folder)
+def test_files_of_the_version_before_still_load(forks, half_done, tmp_path):
+    ends = []
+    for name, change in (("new", dict), ("old", as_saved_before)):
+        folder = copied(half_done, tmp_path / name)
+        torch.save(change(checkpoint(folder)), folder / "output/checkpoint.pt")
+        epochs = checkpoint(folder)["epoch"] + 2
+        assert "resuming from" in forks.succeed(folder, EPOCHS=epochs)
+        ends.append(folder)
+    assert_ended_alike(*ends, rows=4 * epochs)
 
 
 # -------------------------------------------------------------------------------- what a file holds
 
 
 def test_the_previous_checkpoint_is_one_save_older(reference):
-    assert [
-        load(reference, name)["epoch"] for name in ("checkpoint.previous.pt", "checkpoint.pt")
-    ] == [2, 3]
+    assert checkpoint(reference)["epoch"] == 3
+    assert checkpoint(reference, "checkpoint.previous.pt")["epoch"] == 2
 
 
 def test_short_epochs_are_not_all_saved_but_the_last_one_is(tiny):
     tiny.EPOCHS, tiny.CHECKPOINT_MINUTES = 3, 10
     tiny.train()
-    assert load(Path())["epoch"] == 3 and not Path("output/checkpoint.previous.pt").exists()
+    assert checkpoint(Path())["epoch"] == 3 and not Path("output/checkpoint.previous.pt").exists()
     assert len(os.listdir("output/samples")) == 1 + 4
 
 
 def test_a_checkpoint_holds_plain_things_under_plain_keys(reference):
-    state = load(reference)
+    state = checkpoint(reference)
 
     def walk(value):
         if isinstance(value, dict):
-            for key, one in value.items():
-                assert type(key) in (str, int) and not str(key).startswith(
-                    ("module.", "_orig_mod.")
-                )
-                walk(one)
-        elif isinstance(value, (list, tuple)):
+            assert {type(key) for key in value} <= {str, int}
+            assert not [key for key in map(str, value) if key.startswith(("module.", "_orig_mod."))]
+            value = list(value.values())
+        if isinstance(value, (list, tuple)):
             for one in value:
                 walk(one)
-        else:
-            assert type(value) in (torch.Tensor, str, int, float, bool, type(None)), value
-            assert not isinstance(value, torch.Tensor) or value.device.type == "cpu"
+            return
+        assert type(value) in (torch.Tensor, str, int, float, bool, type(None)), value
+        assert not isinstance(value, torch.Tensor) or value.device.type == "cpu"
 
     walk(state)
     generator = dcgan.Generator(32, 8, 4)
     assert list(state["generator"]) == list(state["average"]) == list(generator.state_dict())
     assert list(state["discriminator"]) == list(dcgan.Discriminator(32, 4).state_dict())
-    small = load(reference, "generator.pt")
+    small = checkpoint(reference, "generator.pt")
     assert small["epoch"] == state["quality"][-1][-1]  # the best epoch's
-    assert (small["epoch"] < 3) or same(small["average"], state["average"])
-    assert (reference / "output/generator.pt").stat().st_size < (
-        reference / "output/checkpoint.pt"
-    ).stat().st_size / 3
+    assert small["epoch"] < 3 or same(small["average"], state["average"])
+    sizes = {path.name: path.stat().st_size for path in (reference / "output").glob("*.pt")}
+    assert sizes["generator.pt"] < sizes["checkpoint.pt"] / 3
 
 
 # --------------------------------------------------------------------------------- changed settings
@@ -624,25 +606,17 @@ def test_a_checkpoint_holds_plain_things_under_plain_keys(reference):
 
 def test_networks_of_other_settings_are_refused_with_both_values(forks, half_done):
     before = contents(half_done)
-    for name, now, then in (
-        ("IMAGE_SIZE", 64, 32),
-        ("LATENT_SIZE", 9, 8),
-        ("G_FEATURES", 5, 4),
-        ("D_FEATURES", 6, 4),
-    ):
-        status, _, stderr = forks.run(half_done, **{name: now})
-        assert status == 2
-        one_line(stderr, name, now, then)
+    for name, now in {"IMAGE_SIZE": 64, "LATENT_SIZE": 9, "G_FEATURES": 5, "D_FEATURES": 6}.items():
+        forks.fail(half_done, status=2, words=(name, now, TINY[name]), **{name: now})
     assert contents(half_done) == before
 
 
 def test_a_changed_learning_rate_is_said_and_takes_effect(forks, half_done, tmp_path):
     folder = copied(half_done, tmp_path / "run")
-    before = load(folder)
-    status, stdout, stderr = forks.run(folder, LEARNING_RATE=0, EPOCHS=2)
-    assert (status, stderr) == (0, "")
-    assert f"LEARNING_RATE {dcgan.LEARNING_RATE} -> 0.0" in stdout
-    after = load(folder)
+    before = checkpoint(folder)
+    said = forks.succeed(folder, LEARNING_RATE=0, EPOCHS=2)
+    assert f"LEARNING_RATE {dcgan.LEARNING_RATE} -> 0.0" in said
+    after = checkpoint(folder)
     assert after["images"] > before["images"]
     for network in ("generator", "discriminator"):
         for name, tensor in before[network].items():
@@ -651,11 +625,9 @@ def test_a_changed_learning_rate_is_said_and_takes_effect(forks, half_done, tmp_
 
 
 @pytest.mark.parametrize("change", ["BATCH_SIZE", "SEED", "MAX_IMAGES", "files"])
-def test_another_order_of_the_images_begins_a_half_done_epoch_again(
-    forks, half_done, tmp_path, change
-):
+def test_another_order_of_the_images_restarts_a_half_done_epoch(forks, half_done, tmp_path, change):
     folder, changed = copied(half_done, tmp_path / "run"), {}
-    then, epoch = load(folder)["images"], load(folder)["epoch"]
+    then, epoch = checkpoint(folder)["images"], checkpoint(folder)["epoch"]
     if change == "files":
         real = (folder / "faces").resolve()
         (folder / "faces").unlink()
@@ -663,14 +635,13 @@ def test_another_order_of_the_images_begins_a_half_done_epoch_again(
         (folder / "faces/000007.jpg").unlink()
     else:
         changed = {change: {"BATCH_SIZE": 5, "SEED": 7, "MAX_IMAGES": 32}[change]}
-    status, stdout, stderr = forks.run(folder, EPOCHS=epoch + 1, **changed)
-    assert (status, stderr) == (0, "")
-    assert f"epoch {epoch + 1} begins again" in stdout
+    stdout = forks.succeed(folder, EPOCHS=epoch + 1, **changed)
+    assert f"epoch {epoch + 1} starts again" in stdout
     assert all(f"{name} " in stdout for name in changed)
     steps = {"BATCH_SIZE": 8, "MAX_IMAGES": 8, "files": 9}.get(change, 10)
-    keys = [tuple(map(int, row[:2])) for row in rows_of(folder)]
-    assert keys == sorted(set(keys)) and keys[-1] == (epoch + 1, steps)
-    assert load(folder)["images"] == then + steps * changed.get("BATCH_SIZE", 4)
+    keys = steps_of(metrics(folder))
+    assert keys == sorted(set(keys)) and keys[-1][:2] == (epoch + 1, steps)
+    assert checkpoint(folder)["images"] == then + steps * changed.get("BATCH_SIZE", 4)
 
 
 if __name__ == "__main__":

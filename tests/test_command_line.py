@@ -1,50 +1,38 @@
 """Settings, flags and help: one definition, checked the same way wherever a value comes from."""
 
-import ast
 import contextlib
-import importlib.util
 import io
 import json
 import math
 import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, TINY, everything, flags, one_line, refused, run
+from conftest import SCRIPT, TINY, flags, one_line, refused, run
+from reading import everything
 
 import dcgan
 
 SETTINGS = dcgan.SETTINGS
+SOURCE = SCRIPT.read_text(encoding="utf-8")
+OPTIONAL = [name for name, row in SETTINGS.items() if row.endswith(" or None")]
 
 
-def numbers(text):
-    """The numbers in a text, as in "1 to 65,536" or "up to 9.22e+18"."""
-    return [
-        float(found.replace(",", "").rstrip("."))
-        for found in re.findall(r"-?\d[\d,.]*(?:e[+-]?\d+)?", text)
-    ]
-
-
-def names_range(text, setting):
-    """Whether a text gives all that a setting may hold."""
-    if not isinstance(setting, dcgan.Number):
-        return setting.form in text
-    ends = numbers(setting.allowed())
-    assert len(ends) >= 2
-    return all(any(math.isclose(end, number) for number in numbers(text)) for end in ends)
+def allowed_for(name):
+    """What a setting may be, as help and errors say it."""
+    return SETTINGS[name].split("; ")[1]
 
 
 def wrong(name):
     """Values that a setting must not take."""
-    setting = SETTINGS[name]
-    if not isinstance(setting, dcgan.Number):
-        return [""] if setting.form == "a path" else ["float8", ""]
-    step = 1 if setting.kind is int else 1e-3
-    outside = [setting.low - step, setting.high + step, "many", math.nan, math.inf]
-    return outside + [2.5] * (setting.kind is int) + [33] * (name == "IMAGE_SIZE")
+    allowed = allowed_for(name).removesuffix(" or None")
+    low, is_range, high = allowed.partition("..")
+    if not is_range:
+        return [""] if allowed == "a path" else ["float8", "33", ""]
+    kind, step = (float, 1e-3) if "." in low else (int, 1)
+    outside = [kind(low) - step, kind(high) + step, "many", "", math.nan, math.inf]
+    return outside + [2.5] * (kind is int)
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +62,13 @@ def entry(text, flag):
 def test_help_gives_meaning_default_and_range_of_every_setting(help_text):
     entries = {name: entry(help_text[0], dcgan.flag(name)) for name in SETTINGS}
     assert [name for name, text in entries.items() if len(text.split()) < 5] == []
-    given = {name: getattr(dcgan, name) for name in SETTINGS if getattr(dcgan, name) is not None}
-    missing = [
-        n
-        for n, value in given.items()
-        if str(value) not in entries[n] and value not in numbers(entries[n])
-    ]
-    assert missing == []
-    assert [name for name, text in entries.items() if not names_range(text, SETTINGS[name])] == []
+    for name, row in SETTINGS.items():
+        meaning, allowed = row.split("; ")
+        default = getattr(dcgan, name)
+        shown = "" if default is None else f"; default {default}"
+        assert f"{meaning} ({allowed}{shown})" in entries[name]
+        kind = "PATH" if name.endswith("_DIR") else "N" if allowed[0].isdigit() else "NAME"
+        assert f"{dcgan.flag(name)} {kind} " in entries[name]
 
 
 def test_help_fits_and_is_grouped(help_text):
@@ -89,90 +76,56 @@ def test_help_fits_and_is_grouped(help_text):
         assert max(map(len, text.splitlines())) <= 120
         assert text.startswith("usage: dcgan.py") and "Traceback" not in text
     groups = re.findall(r"^(\w+):\n", help_text[0], re.MULTILINE)
-    assert [
-        name
-        for name in groups
-        if name in ("data", "networks", "training", "reporting", "hardware", "places")
-    ] == [
-        "data",
-        "networks",
-        "training",
-        "reporting",
-        "hardware",
-        "places",
-    ]
-    assert (
-        help_text[0].index("training:")
-        < help_text[0].index("--beta1")
-        < help_text[0].index("reporting:")
-    )
+    assert groups[-6:] == ["data", "networks", "training", "reporting", "hardware", "places"]
     for command in ("generate", "interpolate", "evaluate", "--demo", "torchrun"):
         assert command in help_text[0]
-    for text, own in zip(help_text[1:], ("--individual", "--frames", "--inception-weights")):
+
+
+def test_help_of_a_command_has_its_own_flags_in_its_own_words(help_text):
+    for text, own in zip(help_text[1:], ("--individual", "--frames", "--max-images")):
+        groups = re.findall(r"^(\w+):\n", text, re.MULTILINE)
+        assert len(groups) == len(set(groups))
         for flag in (own, "--seed", "--checkpoint", "--output-dir", "--device"):
-            assert re.search(r"[a-z\[]", entry(text, flag).partition(flag)[2]), (
-                f"{flag} is not explained"
-            )
-    for text in help_text[1:3]:
-        assert "--learning-rate" not in text and entry(text, "--output ")
-    assert numbers(entry(help_text[1], "--num-images"))[-1] == 16 and 50_000 in numbers(
-        entry(help_text[3], "--num-images")
-    )
+            assert re.search(r"[a-z]", entry(text, flag).partition(flag)[2]), f"{flag}: no words"
+        assert "--learning-rate" not in text and "dict" not in text and "return" not in text
+        assert "folder of the trained run" in entry(text, "--output-dir")
+    assert "default 16)" in entry(help_text[1], "--num-images")
+    assert "default 50000)" in entry(help_text[3], "--num-images")
+    assert "default 0)" in entry(help_text[3], "--seed")
+    assert "default" not in entry(help_text[1], "--seed")
+    assert "compare" in entry(help_text[3], "--max-images")
 
 
 # ------------------------------------------------------------------------------------- right values
 
 
-def constants_in_the_file():
-    """The constants of the settings section, in order."""
-    source = SCRIPT.read_text(encoding="utf-8")
-    section = source.index("- settings\n"), source.index("- networks\n")
-    assigned = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            assigned[target.id] = source.index(f"\n{target.id}")
-    return [name for name, place in assigned.items() if section[0] < place < section[1]]
-
-
 def test_each_constant_has_a_row_in_the_table_that_holds_its_default():
-    assert set(constants_in_the_file()) - {"CELEBA_DIR"} == set(SETTINGS)
+    section = SOURCE.partition("- settings\n")[2].partition("\n# -----")[0]
+    constants = set(re.findall(r"^([A-Z]\w+) = ", section, re.MULTILINE))
+    assert constants - {"CELEBA_DIR", "WORLD_SIZE", "RANK"} == set(SETTINGS)
     assert set(dcgan.DEMO) <= set(SETTINGS)
-    for name, setting in SETTINGS.items():
+    for name in SETTINGS:
         default = getattr(dcgan, name)
         checked = dcgan.checked(name, default)
         assert checked == default and type(checked) is type(default)
-        assert (default is None) == setting.optional
+        assert (default is None) == (name in OPTIONAL)
 
 
 def test_every_flag_sets_its_constant_for_the_run_and_main_puts_it_back(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    given = TINY | {
-        "DATA_DIR": "faces",
-        "CACHE_DIR": "c",
-        "OUTPUT_DIR": "o",
-        "KAGGLE_DATASET": "some/where",
-        "MAX_IMAGES": 39,
-        "EPOCHS": 1,
-        "LEARNING_RATE": 1e-3,
-        "D_LEARNING_RATE": 2e-4,
-        "BETA1": 0.4,
-        "BETA2": 0.99,
-        "WEIGHT_DECAY": 0.02,
-        "REAL_LABEL": 0.9,
-        "R1_GAMMA": 0.02,
-        "AVERAGE_SHARE": 0.1,
-        "SEED": 7,
-        "LOG_EVERY": 3,
-        "CHECKPOINT_MINUTES": 0.5,
-    }
+    given = TINY | {"DATA_DIR": "faces", "CACHE_DIR": "c", "OUTPUT_DIR": "o", "MAX_IMAGES": 39}
+    given |= {"KAGGLE_DATASET": "some/where", "EPOCHS": 1, "LOG_EVERY": 3, "SEED": 7}
+    given |= {"LEARNING_RATE": 1e-3, "D_LEARNING_RATE": 2e-4, "BETA1": 0.4, "BETA2": 0.99}
+    given |= {"WEIGHT_DECAY": 0.02, "REAL_LABEL": 0.9, "R1_GAMMA": 0.02, "AVERAGE_SHARE": 0.2}
+    given |= {"CHECKPOINT_MINUTES": 0.5}
     assert given.keys() == SETTINGS.keys()
-    before = {name: getattr(dcgan, name) for name in SETTINGS}
+    before = dcgan.setting_values()
+    assert not [name for name in given.keys() - TINY.keys() if given[name] == before[name]]
     assert dcgan.main(flags(**given)) == 0
-    assert {name: getattr(dcgan, name) for name in SETTINGS} == before
+    assert dcgan.setting_values() == before
     assert torch.load("o/checkpoint.pt", weights_only=True)["settings"] == given
     assert dcgan.main(["--epochs", "0"]) == dcgan.main(["generate", "--output-dir", "nowhere"]) == 2
-    assert {name: getattr(dcgan, name) for name in SETTINGS} == before
+    assert dcgan.setting_values() == before
 
 
 def test_flags_given_win_over_the_demos(workplace, monkeypatch):
@@ -180,15 +133,10 @@ def test_flags_given_win_over_the_demos(workplace, monkeypatch):
     given = flags(DATA_DIR="faces", EPOCHS=1, MAX_IMAGES=8)
     assert dcgan.main([*given, "--demo"]) == 0
     settings = torch.load("output-demo/checkpoint.pt", weights_only=True)["settings"]
-    assert (
-        settings["EPOCHS"] == 1 and settings["G_FEATURES"] == 4 and settings["DATA_DIR"] == "faces"
-    )
-    assert (
-        settings["OUTPUT_DIR"] == "output-demo"
-        and not os.path.exists("output")
-        and not os.path.exists("data/demo")
-    )
-    assert dcgan.main(["--demo", "generate", "--num-images", "1", "--device", "cpu"]) == 0
+    wanted = {"EPOCHS": 1, "G_FEATURES": 4, "DATA_DIR": "faces", "OUTPUT_DIR": "output-demo"}
+    assert wanted.items() <= settings.items()
+    assert not os.path.exists("output") and not os.path.exists("data/demo")
+    assert dcgan.main(["--demo", "--device", "cpu", "generate", "--num-images", "1"]) == 0
     assert os.path.exists("output-demo/generated.png")
 
 
@@ -222,7 +170,7 @@ def test_a_wrong_value_is_refused_as_flag_and_as_assignment(workplace, monkeypat
     for value in wrong(name):
         line = refused(capsys, f"{dcgan.flag(name)}={value}")
         assert name in line and dcgan.flag(name) in line and repr(str(value)) in line
-        assert names_range(line, SETTINGS[name]) and ("None" in line) >= SETTINGS[name].optional
+        assert f"it must be {allowed_for(name)}" in line
         with monkeypatch.context() as patch:
             patch.setattr(dcgan, name, value)
             assert name in refused(capsys)
@@ -230,91 +178,63 @@ def test_a_wrong_value_is_refused_as_flag_and_as_assignment(workplace, monkeypat
                 dcgan.train()
             with pytest.raises(ValueError, match=name):
                 dcgan.generate_images()
-    for value in (True, [1], *([] if SETTINGS[name].optional else [None])):
+    for value in (True, [1], *([] if name in OPTIONAL else [None])):
         with monkeypatch.context() as patch:
             patch.setattr(dcgan, name, value)
             assert name in refused(capsys)
     assert everything() == before
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_wrong_value_written_into_the_file_is_refused(tmp_path, monkeypatch, capsys, name):
+def test_a_wrong_value_written_into_the_file_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    source = SCRIPT.read_text(encoding="utf-8")
-    for node in ast.parse(source).body:
-        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
-        if getattr(target, "id", None) == name:
-            statement = ast.get_source_segment(source, node)
-            break
-    for value in wrong(name)[:2]:
-        text = source.replace(f"\n{statement}", f"\n{name} = {value!r}", 1)
-        assert text != source
-        (tmp_path / "edited.py").write_text(text, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location(f"edited_{name}", tmp_path / "edited.py")
-        edited = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, edited)
-        spec.loader.exec_module(edited)
-        capsys.readouterr()
-        before = everything()
-        assert edited.main([]) == 2
-        out, line = capsys.readouterr()
-        assert (
-            out == ""
-            and line.count("\n") == 1
-            and name in line
-            and names_range(line, SETTINGS[name])
-        )
-        assert everything() == before
+    for name in ("EPOCHS", "BETA1", "WORKERS", "PRECISION", "DATA_DIR", "KAGGLE_DATASET"):
+        for value in wrong(name)[:2]:
+            line = rf"^{name} = .*"
+            text, count = re.subn(line, f"{name} = {value!r}", SOURCE, flags=re.MULTILINE)
+            assert count == 1
+            edited = {"__name__": "edited"}
+            exec(text, edited)
+            assert edited["main"]([]) == 2
+            one_line(capsys.readouterr().err, name, f"it must be {allowed_for(name)}")
+    assert everything() == {}
 
 
 @pytest.mark.parametrize(
-    "arguments, says",
+    "line, says",
     [
-        (("--bach-size", "8"), "--bach-size"),
-        (("--epcohs=8",), "--epcohs"),
-        (("--epochs", "8", "--output_dir", "x"), "--output_dir"),
-        (("generate", "--num-image", "8"), "--num-image"),
-        (("interpolate", "--num-frames", "8"), "--num-frames"),
-        (("--xyzzy",), "--xyzzy"),
-        (("generate", "--epochs", "8"), "--epochs"),
-        (("--epochs",), "--epochs"),
-        (("trian",), "trian"),
-        (("generate", "stray"), "stray"),
-        (("-x",), "-x"),
-        (("--batch-size", "eight"), "'eight'.* 2 "),
-        (("--batch-size", "8.5"), r"'8\.5'"),
-        (("--learning-rate", "fast"), "'fast'"),
-        (("--epochs", ""), "EPOCHS"),
-        (("--device", "tpu"), "DEVICE.*'tpu'"),
+        ("--bach-size 8", "no flag --bach-size; did you mean --batch-size"),
+        ("--epcohs=8", "no flag --epcohs; did you mean --epochs"),
+        ("--epochs 8 --output_dir x", "--output_dir"),
+        ("generate --num-image 8", "--num-image"),
+        ("interpolate --num-frames 8", "--num-frames"),
+        ("--xyzzy", "no flag --xyzzy; see"),
+        ("generate --epochs 8", "--epochs"),
+        ("--seed 5 generate", "--seed has no effect here; see dcgan.py generate --help"),
         (
-            (
-                "--device",
-                "cuda:99",
-                "--data-dir",
-                "faces",
-                "--batch-size",
-                "8",
-                "--image-size",
-                "32",
-            ),
-            "cuda:99",
+            "--epochs=5 --output-dir x evaluate",
+            "--epochs has no effect here; see dcgan.py evaluate",
         ),
+        ("--epochs", "--epochs"),
+        ("trian", "trian"),
+        ("generate stray", "stray"),
+        ("-x", "-x"),
+        ("--device cuda:99 --data-dir faces --batch-size 8 --image-size 32", "cuda:99"),
     ],
 )
-def test_a_wrong_call_ends_in_one_line(workplace, monkeypatch, capsys, arguments, says):
+def test_a_wrong_call_ends_in_one_line(workplace, monkeypatch, capsys, line, says):
     monkeypatch.chdir(workplace)
-    line = refused(capsys, *arguments)
-    assert re.search(says, line)
+    assert says in refused(capsys, *line.split())
 
 
 def test_the_script_itself_refuses_in_one_line_with_status_2_and_touches_nothing(workplace):
     before = everything(workplace)
     done = run("--batch-size", "1", cwd=workplace)
     assert done.returncode == 2 and done.stdout == "" and everything(workplace) == before
-    assert re.fullmatch(r"dcgan\.py: error: BATCH_SIZE .*'1'.* 2 to 65,536\n", done.stderr)
+    says = r"dcgan\.py: error: BATCH_SIZE .*'1'.* 2\.\.65536 \(whole numbers\)\n"
+    assert re.fullmatch(says, done.stderr)
 
 
-# ------------------------------------------------------------- errors, and what no user can mend
+# ------------------------------------------------------------- errors, and what no user can fix
 
 
 def test_an_error_of_an_edited_training_step_keeps_its_traceback(tiny, monkeypatch):
@@ -367,7 +287,6 @@ def test_only_a_full_memory_is_called_one(tiny, monkeypatch, capsys, error, told
 
 IMPORT = """
 import json, os, signal, sys, time, warnings
-sys.path.insert(0, {root!r})
 import torch, torchvision
 import PIL
 torch.manual_seed(5)
@@ -381,34 +300,23 @@ def state():
 before = state()
 began = time.perf_counter()
 import dcgan
-imported = time.perf_counter() - began
-same, modules = state() == before, set(sys.modules)
+untouched = state() == before and not {"kaggle", "matplotlib", "IPython"} & set(sys.modules)
 try:
     dcgan.main(["--help"])
 except SystemExit:
     pass
 took = time.perf_counter() - began
-heavy = {{"kaggle", "matplotlib", "IPython"}}
-print(json.dumps([same and state() == before, imported, took, sorted(modules & heavy),
-                  sorted(set(sys.modules) & {{"kaggle", "matplotlib"}})]), file=sys.stderr)
+untouched = untouched and state() == before and not {"kaggle", "matplotlib"} & set(sys.modules)
+print(json.dumps([untouched, took]), file=sys.stderr)
 """
 
 
 def test_import_has_no_side_effect_and_help_is_quick(tmp_path):
-    seconds = []
-    while len(seconds) < 3:  # a busy machine gets more than one try
-        done = subprocess.run(
-            [sys.executable, "-B", "-c", IMPORT.format(root=str(ROOT))],
-            cwd=tmp_path,
-            text=True,
-            capture_output=True,
-            check=True,
-            timeout=300,
-        )
-        untouched, _, took, at_import, at_help = json.loads(done.stderr)
-        assert untouched and at_import == at_help == [] and list(tmp_path.iterdir()) == []
+    for _ in range(3):  # a busy machine gets more than one try
+        done = run(cwd=tmp_path, program=["-B", "-c", IMPORT])
         assert done.stdout.startswith("usage: dcgan.py")
-        seconds.append(took)
+        untouched, took = json.loads(done.stderr)
+        assert untouched and everything(tmp_path) == {}
         if took < 0.5:
-            break
-    assert min(seconds) < 0.5
+            return
+    pytest.fail(f"--help takes {took} s")

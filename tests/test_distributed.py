@@ -5,18 +5,18 @@ torchrun runs this file, too, to see how.
 
 import contextlib
 import os
+import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from conftest import SCRIPT, dcgan, flags, table
+from conftest import RUN_FILES, SCRIPT, batch, dcgan, flags, free_port, refused, start, until
+from reading import checkpoint, files, metrics, steps_of
 
 
 def drive():
@@ -24,8 +24,8 @@ def drive():
 
     Each third step is with the penalty. In step STOP_AT, rank 0 gets a SIGTERM.
     """
-    seen, honest = {"faces": []}, dcgan.Trainer
-    honest_join = dcgan.join_means
+    seen, honest = {"batches": []}, dcgan.Trainer
+    honest_sum = dcgan.sum_over_processes
     dcgan.R1_INTERVAL = 3
     stop_at = int(os.environ.get("STOP_AT", 0))
 
@@ -34,10 +34,10 @@ def drive():
             super().__init__(*where)
             seen["gradients"] = gradients(honest, *where)
 
-        def advance(self, faces, *others):
-            super().advance(faces, *others)
-            seen["faces"].append(faces.clone())
-            if len(seen["faces"]) == stop_at and dcgan.RANK == 0:
+        def advance(self, *batch):
+            super().advance(*batch)
+            seen["batches"].append([part.clone() for part in batch])
+            if len(seen["batches"]) == stop_at and dcgan.RANK == 0:
                 signal.raise_signal(signal.SIGTERM)
             seen["totals"] = self.totals.clone()
             seen["group"] = torch.distributed.is_initialized()
@@ -45,11 +45,11 @@ def drive():
             weights = [weight for network in networks for weight in network.parameters()]
             seen["weights"] = [weight.detach().clone() for weight in weights]
 
-    def join_means(means):
-        seen["own means"] = means.clone()
-        return honest_join(means)
+    def sum_over_processes(values):
+        seen["own values"] = values.clone()
+        return honest_sum(values)
 
-    dcgan.join_means = join_means
+    dcgan.sum_over_processes = sum_over_processes
     dcgan.Trainer = Spy
     status = dcgan.main()
     torch.save(seen, f"rank-{os.environ['RANK']}.pt")
@@ -64,16 +64,10 @@ def gradients(trainer_class, *where):
     rate, dcgan.LEARNING_RATE = dcgan.LEARNING_RATE, 0.0
     trainer = trainer_class(*where)
     dcgan.LEARNING_RATE = rate
-    for network in (trainer.joint_generator, trainer.joint_discriminator):
+    for network in (trainer.ddp_generator, trainer.ddp_discriminator):
         network.eval()
     trainer.discriminator.train = lambda mode=True: trainer.discriminator  # and stay as they are
-    size, number = dcgan.IMAGE_SIZE, dcgan.BATCH_SIZE
-    stream = torch.Generator().manual_seed(1)
-    faces = torch.randint(256, (number, 3, size, size), generator=stream).byte()
-    flips = torch.rand(number, 1, 1, 1, generator=stream) < 0.5
-    latents = torch.randn(number, dcgan.LATENT_SIZE, 1, 1, generator=stream)
-    share = number // dcgan.WORLD_SIZE
-    parts = [part.split(share)[dcgan.RANK] for part in (faces, flips, latents)]
+    parts = [part.chunk(dcgan.WORLD_SIZE)[dcgan.RANK] for part in batch()]
     trainer.step(*parts, with_penalty=True)
     networks = (trainer.generator, trainer.discriminator)
     return [weight.grad for network in networks for weight in network.parameters()]
@@ -89,17 +83,10 @@ class Torchrun:
         self, folder, *arguments, script=SCRIPT, processes=2, options=("--standalone",), **variables
     ):
         self.out, self.err = folder / "out.txt", folder / "err.txt"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        command += [*options, script, *arguments]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", *options]
         with open(self.out, "w") as out, open(self.err, "w") as err:
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                cwd=folder,
-                env=os.environ | variables,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-            )
+            files = {"stdout": out, "stderr": err, "env": variables}
+            self.process = start(*arguments, cwd=folder, program=[*torchrun, script], **files)
 
     def __enter__(self):
         return self
@@ -131,34 +118,21 @@ class Torchrun:
 
     def until(self, text, count=1, timeout=150):
         """Wait for `text` to have been printed."""
-        end = time.monotonic() + timeout
-        while self.out.read_text().count(text) < count:
-            assert self.process.poll() is None and time.monotonic() < end, self.said()
-            time.sleep(0.05)
+        until(lambda: self.out.read_text().count(text) >= count, self.process, timeout)
 
 
-def keys(folder):
-    """(epoch, step) of the rows of metrics.csv."""
-    return [(int(row["epoch"]), int(row["step"])) for row in table(folder / "output/metrics.csv")]
+def steps_in(epochs):
+    """The `steps_of` so many epochs of 40 images, with 8 a step and 2 steps a row."""
+    found = []
+    for epoch in range(epochs):
+        found += [(epoch + 1, step, 40 * epoch + 8 * step) for step in (2, 4, 5)]
+    return found
 
 
-def images_of(folder):
-    return [row["images"] for row in table(folder / "output/metrics.csv")]
-
-
-def keys_of(epochs):
-    """What `keys` has to be after so many epochs of 40 images, 8 a step and 2 steps a row."""
-    return [(epoch, step) for epoch in range(1, epochs + 1) for step in (2, 4, 5)]
-
-
-def checkpoint(folder):
-    return torch.load(folder / "output/checkpoint.pt", weights_only=True)
-
-
-def going_on(epoch, step):
-    """The line with which a run begins whose checkpoint holds so many epochs and steps."""
+def resuming(epoch, step):
+    """The line with which a run resumes after so many epochs and steps."""
     at = f"the end of epoch {epoch + 1}" if step == 5 else f"epoch {epoch + 1}, step {step + 1}"
-    return f"going on from output/checkpoint.pt: {at}\n"
+    return f"resuming from output: {at}\n"
 
 
 def stop_in_step(monkeypatch, step):
@@ -195,49 +169,42 @@ def seen(all_faces, tmp_path_factory):
 
 def test_two_processes_write_what_one_writes_and_once(seen):
     (one, _), (two, _) = seen[1], seen[2]
-    assert keys(one) == keys(two) == keys_of(2)
-    assert images_of(one) == images_of(two)
-    files = [
-        {str(path.relative_to(folder)) for path in folder.rglob("output/**/*")}
-        for folder in (one, two)
-    ]
-    assert files[0] == files[1] and not any(".part" in name for name in files[0])
+    assert steps_of(metrics(one)) == steps_of(metrics(two)) == steps_in(2)
+    assert files(one / "output").keys() == files(two / "output").keys() == RUN_FILES
     printed = (two / "out.txt").read_text()
     assert "2 processes" in printed
-    for text in ("finished", "5 steps an epoch", "epoch 1/2", "epoch 2/2", "the run will take"):
+    for text in ("finished", "5 steps per epoch", "epoch 1/2", "epoch 2/2", "the run will take"):
         assert printed.count(text) == 1, text
 
 
 def test_two_processes_end_with_the_same_weights(seen):
     one, two = (rank["weights"] for rank in seen[2][1])
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-    saved = checkpoint(seen[2][0])
-    weights = [
-        saved[name][key]
-        for name, network in (
-            ("generator", dcgan.Generator(32, 8, 4)),
-            ("discriminator", dcgan.Discriminator(32, 4)),
-            ("average", dcgan.Generator(32, 8, 4)),
-        )
-        for key, _ in network.named_parameters()
-    ]
+    saved, weights = checkpoint(seen[2][0]), []
+    for name in ("generator", "discriminator", "average"):
+        parameters = [key for key in saved[name] if not re.search("running|tracked", key)]
+        weights += [saved[name][key] for key in parameters]
     same = [torch.equal(a, b) for a, b in zip(weights, one, strict=True)]
     assert all(same), "the checkpoint has other weights"
 
 
 def test_a_row_of_metrics_csv_is_the_mean_over_both_processes(seen):
-    one, two = (rank["own means"] for rank in seen[2][1])  # of the last step, a row by itself
+    one, two = (rank["own values"] for rank in seen[2][1])  # of the last step, a row by itself
     assert not torch.equal(one, two)
     for rank in seen[2][1]:
-        assert torch.equal(rank["totals"], (one + two) / 2)
+        assert torch.equal(rank["totals"], one + two)  # the last of them is 2 steps
 
 
 def test_two_processes_share_the_batches_of_one_and_no_image_comes_twice_an_epoch(seen):
     (alone,), (one, two) = seen[1][1], seen[2][1]
-    shared = [torch.cat(faces) for faces in zip(one["faces"], two["faces"], strict=True)]
-    assert len(shared) == 10
-    assert all(torch.equal(a, b) for a, b in zip(shared, alone["faces"], strict=True))
-    for epoch in (shared[:5], shared[5:]):
+    shown = []
+    for whole, *shares in zip(alone["batches"], one["batches"], two["batches"], strict=True):
+        parts = [torch.cat(pair) for pair in zip(*shares, strict=True)]  # faces, flips, noise
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+        assert {len(faces) for faces, *_ in shares} == {4}
+        shown.append(parts[0])
+    assert len(shown) == 10
+    for epoch in (shown[:5], shown[5:]):
         assert len(torch.cat(epoch).unique(dim=0)) == 40
 
 
@@ -264,7 +231,7 @@ def test_checkpoints_go_from_one_process_to_two_and_back(tiny, workplace, monkey
             torchrun.process.send_signal(signum)
             assert torchrun.wait() != 0
             printed = torchrun.out.read_text()
-        assert going_on(*at) in printed
+        assert resuming(*at) in printed
         assert printed.count("saved ") == 1
         state = checkpoint(workplace)
         at = state["epoch"], state["step"]
@@ -272,9 +239,9 @@ def test_checkpoints_go_from_one_process_to_two_and_back(tiny, workplace, monkey
         assert 0 < at[1] <= 5
     capsys.readouterr()
     assert dcgan.main(["--epochs", str(at[0] + 1)]) == 0
-    assert going_on(*at) in capsys.readouterr().out
-    assert keys(workplace) == keys_of(at[0] + 1)
-    assert checkpoint(workplace)["images"] == (at[0] + 1) * 40
+    assert resuming(*at) in capsys.readouterr().out
+    assert steps_of(metrics()) == steps_in(at[0] + 1)
+    assert checkpoint()["images"] == (at[0] + 1) * 40
 
 
 def test_two_resumed_processes_end_like_two_that_were_not_stopped(seen, workplace):
@@ -286,11 +253,7 @@ def test_two_resumed_processes_end_like_two_that_were_not_stopped(seen, workplac
     with Torchrun(workplace, *arguments, script=__file__) as torchrun:
         assert torchrun.wait() == 0, torchrun.said()
     untouched = seen[2][0]
-    one, two = (
-        [list(row.values())[:-1] for row in table(folder / "output/metrics.csv")]
-        for folder in (workplace, untouched)
-    )
-    assert one == two
+    assert metrics(workplace) == metrics(untouched)
     for network in ("generator", "discriminator", "average"):
         one, two = (checkpoint(folder)[network] for folder in (workplace, untouched))
         assert one.keys() == two.keys()
@@ -312,31 +275,27 @@ def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_after_the
     monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
     others = [lambda *sent: signal.raise_signal(signal.SIGTERM), lambda *sent: None]
     monkeypatch.setattr(tiny.dist, "all_reduce", lambda *sent: others.pop(0)(*sent))
-    with tiny.kept_signals() as signals:
+    with tiny.caught_signals() as signals:
         stops = [tiny.should_stop(signals, torch.device("cpu"), True) for _ in range(2)]
     assert stops == [False, True] and signals == [signal.SIGTERM]
 
 
-def test_a_killed_process_ends_the_others_and_the_run_goes_on_by_restart(workplace):
-    with Torchrun(
-        workplace, *flags(DATA_DIR="faces", EPOCHS=10**6, CHECKPOINT_MINUTES=0)
-    ) as torchrun:
+def test_a_killed_process_ends_the_others_and_a_restart_resumes_the_run(tiny, workplace):
+    arguments = flags(DATA_DIR="faces", EPOCHS=10**6, CHECKPOINT_MINUTES=0)
+    options = ("--standalone", "--max-restarts=1")
+    with Torchrun(workplace, *arguments, options=options) as torchrun:
         torchrun.until("epoch 2/")
+        torchrun.workers()[0].kill()
+        torchrun.until("resuming from")
+        epochs = checkpoint(workplace)["epoch"]
+        torchrun.until(f"epoch {epochs + 3}/")
         workers = torchrun.workers()
         workers[1].kill()
         assert torchrun.wait(60) != 0
         assert not psutil.wait_procs(workers, timeout=5)[1]
-    epochs = checkpoint(workplace)["epoch"] + 20
-    options = ("--standalone", "--max-restarts=1")
-    with Torchrun(
-        workplace, *flags(DATA_DIR="faces", EPOCHS=epochs, CHECKPOINT_MINUTES=0), options=options
-    ) as torchrun:
-        torchrun.until("going on from")
-        torchrun.until(f"/{epochs}: ")
-        torchrun.workers()[0].kill()
-        torchrun.until("going on from", 2)
-        assert torchrun.wait() == 0, torchrun.said()
-    assert keys(workplace) == keys_of(epochs)
+    epochs = checkpoint()["epoch"] + 2
+    assert tiny.main(["--epochs", str(epochs)]) == 0
+    assert steps_of(metrics()) == steps_in(epochs)
 
 
 # ------------------------------------------------------------------------------------- two machines
@@ -346,15 +305,12 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on_by_restart(workpla
 def machines(workplace, *arguments, second=()):
     """Two torchruns that work together, as on two machines, the second one in `other`.
 
-    That one has copies of the images, and the flags `second` besides.
+    That one has copies of the images, and also the flags `second`.
     """
     other = workplace / "other"
     other.mkdir()
     shutil.copytree(workplace / "faces", other / "faces", copy_function=shutil.copyfile)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}")
+    common = ("--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}")
 
     def machine(rank, folder, *more):
         options = (*common, f"--node-rank={rank}")
@@ -368,15 +324,15 @@ def test_two_machines_resume_a_checkpoint_that_only_the_first_one_has(tiny, work
     stop_in_step(monkeypatch, 3)
     with machines(workplace, *flags(DATA_DIR="faces")) as (one, two):
         assert (one.wait(), two.wait()) == (0, 0), two.said()
-        assert going_on(0, 3) in one.out.read_text()
+        assert resuming(0, 3) in one.out.read_text()
         assert not two.out.read_text()
-    assert keys(workplace) == keys_of(2)
+    assert steps_of(metrics()) == steps_in(2)
     assert list((workplace / "other").glob("data/cache/*.npy"))
     assert not (workplace / "other/output").exists()
 
 
 def test_two_machines_with_different_images_end_with_a_line_that_says_so(workplace):
-    line = "dcgan.py: error: the machines have different images: 40, 24; copy DATA_DIR to all\n"
+    line = "the machines have different numbers of images: [40, 24]; copy DATA_DIR\n"
     with machines(workplace, *flags(DATA_DIR="faces"), second=("--max-images", 24)) as both:
         for torchrun in both:
             assert torchrun.wait(60) != 0
@@ -390,9 +346,10 @@ def test_a_batch_size_that_the_processes_cannot_share_ends_with_one_line(
 ):
     monkeypatch.setattr(dcgan, "WORLD_SIZE", 2)
     monkeypatch.setattr(dcgan, "RANK", rank)
-    assert dcgan.main(["--batch-size", "9"]) == 2
-    line = "dcgan.py: error: BATCH_SIZE is 9; it must be a multiple of the 2 processes\n"
-    assert capsys.readouterr().err == line
+    line = (
+        "dcgan.py: error: BATCH_SIZE is 9; it must be a multiple of the number of processes (2)\n"
+    )
+    assert refused(capsys, "--batch-size", "9") == line
     assert not Path("output").exists()
 
 

@@ -10,8 +10,9 @@ from fuzz import Fuzz
 )
 def test_broken_things_end_in_success_or_one_line(tmp_path, monkeypatch, kind, number):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dcgan.Run, "draw_pictures", dcgan.Run.draw_pictures)
     for name, value in vars(dcgan).items():  # what the fuzzer changes is put back
-        if name.isupper() or name == "draw_pictures":
+        if name.isupper():
             monkeypatch.setattr(dcgan, name, value)
     fuzz = Fuzz(tmp_path, seed=1)
     getattr(fuzz, kind)(number)

@@ -1,19 +1,15 @@
 """Devices: what is picked, and what is said where one cannot be used. No GPU is needed for this."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from conftest import ROOT, dcgan, flags, one_line
+from conftest import dcgan, flags, one_line, refused, succeed
 
 ON_A_MAC = """
 import sys
 import torch._utils
 torch._utils._get_available_device_type = lambda: "mps"
-sys.path.insert(0, sys.argv[1])
 import dcgan
-sys.exit(dcgan.main(sys.argv[2:]))
+sys.exit(dcgan.main())
 """
 
 
@@ -22,9 +18,7 @@ sys.exit(dcgan.main(sys.argv[2:]))
 
 def test_a_mac_trains_on_its_cpu(workplace):
     """There PyTorch's streams are asked of torch.mps, which does not have all of CUDA's."""
-    arguments = [sys.executable, "-c", ON_A_MAC, str(ROOT), *flags(DATA_DIR="faces", EPOCHS=1)]
-    done = subprocess.run(arguments, cwd=workplace, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
+    succeed(*flags(DATA_DIR="faces", EPOCHS=1), cwd=workplace, program=["-c", ON_A_MAC])
     assert (workplace / "output/generator.pt").exists()
 
 
@@ -58,9 +52,7 @@ def test_a_cards_precision_is_one_that_it_has_units_for(tiny, monkeypatch, capab
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_a_card_that_is_not_there_is_one_line_that_names_the_cpu(tiny, capsys):
     for device in ("cuda", "cuda:3", "mps"):
-        assert tiny.main(["--device", device]) == 2
-        line = capsys.readouterr().err
-        assert line.count("\n") == 1 and device in line and "--device cpu" in line
+        one_line(refused(capsys, "--device", device), device, "--device cpu")
 
 
 @pytest.mark.parametrize(
@@ -77,23 +69,14 @@ def test_what_a_device_cannot_do_is_one_line_that_names_the_cpu(tiny, monkeypatc
         raise (NotImplementedError if "implemented" in text else RuntimeError)(text)
 
     monkeypatch.setattr(tiny.Trainer, "step", step)
-    assert tiny.main([]) == 1
-    one_line(capsys.readouterr().err, text, "--device cpu", "--precision float32")
+    one_line(refused(capsys, status=1), text, "--device cpu", "--precision float32")
 
 
 def test_one_card_for_all_processes_is_refused(tiny, monkeypatch, capsys):
     monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
-    assert tiny.main(["--device", "cuda:1"]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and "cuda:1" in line and "2 processes" in line
-
-
-def test_a_launcher_that_shows_each_process_one_card_is_told_of_local_rank(
-    tiny, monkeypatch, capsys
-):
-    monkeypatch.setenv("LOCAL_RANK", "7")
-    assert tiny.main(["--device", "cuda"]) == 2
-    assert "LOCAL_RANK" in capsys.readouterr().err
+    one_line(refused(capsys, "--device", "cuda:1"), "cuda:1", "2 processes")
+    monkeypatch.setenv("LOCAL_RANK", "7")  # of a launcher that shows each process one card
+    assert "LOCAL_RANK" in refused(capsys, "--device", "cuda")
 
 
 def test_layouts_are_the_fastest_that_work():

@@ -15,20 +15,19 @@ from conftest import (
     RUN_FILES,
     SCRIPT,
     draw_faces,
-    film,
     flags,
     one_line,
-    pixels,
     run,
     start,
-    table,
+    succeed,
     until,
 )
 from imitated_gpu import CARDS
+from reading import checkpoint, files, film, metrics, pixels, table
 
 PROGRAM = """
 import json, sys
-sys.path[:0] = [{folder!r}, {tests!r}]
+sys.path.append({tests!r})
 import imitated_gpu
 if {card!r} in imitated_gpu.CARDS:
     imitated_gpu.install({card!r}, **{changes})
@@ -40,7 +39,7 @@ with open("graphs.json", "w") as file:
     json.dump([(len(graph.calls), graph.replays) for graph in imitated_gpu.graphs], file)
 sys.exit(status)
 """
-NO_PICTURES = "dcgan.draw_pictures = lambda *about, **options: None\n"  # they take seconds
+NO_PICTURES = "dcgan.Run.draw_pictures = lambda *about, **options: None\n"  # they take seconds
 EAGER = NO_PICTURES + "dcgan.StepGraph = lambda trainer: None"
 BY_CHANNEL = NO_PICTURES + "dcgan.memory_format = lambda device: dcgan.torch.contiguous_format"
 FEW = """
@@ -110,20 +109,18 @@ def workplace(tmp_path, faces):
     return tmp_path
 
 
-def program(card, first="", folder=ROOT, **changes):
-    """What Python runs: dcgan.py in `folder` on `card`, after the lines `first`."""
-    text = PROGRAM.format(
-        card=card, changes=changes, first=first, folder=str(folder), tests=str(ROOT / "tests")
-    )
-    return ["-c", text]
+def program(card, first="", **changes):
+    """What Python runs: dcgan.py on `card`, that of its folder if it has one, after `first`."""
+    options = {"card": card, "changes": changes, "first": first, "tests": str(ROOT / "tests")}
+    return ["-c", PROGRAM.format(**options)]
 
 
-def train(cwd, card, *arguments, **changed):
-    """A training run in `cwd`; `arguments` are those of `program`, `changed` are settings."""
+def train(cwd, card, first="", **changed):
+    """A training run in `cwd`, with `changed` settings."""
     settings = SETTINGS | changed
     if card == "CPU":
         settings |= {"DEVICE": "cpu", "PRECISION": "float32"}
-    return run(*flags(**settings), cwd=cwd, program=program(card, *arguments))
+    return run(*flags(**settings), cwd=cwd, program=program(card, first))
 
 
 @pytest.fixture(scope="module")
@@ -142,44 +139,37 @@ def finished(tmp_path_factory, faces):
 
 
 def edited(folder, old, new):
-    """A copy of dcgan.py in `folder`, in which the line `old` is `new`. Returns `folder`."""
-    text = (ROOT / "dcgan.py").read_text()
+    """Put a copy of dcgan.py into `folder`, in which the line `old` is `new`."""
+    text = SCRIPT.read_text(encoding="utf-8")
     assert text.count(f"{old}\n") == 1
-    (folder / "dcgan.py").write_text(text.replace(f"{old}\n", f"{new}\n"))
-    return folder
+    (folder / "dcgan.py").write_text(text.replace(f"{old}\n", f"{new}\n"), encoding="utf-8")
 
 
 def numbers(folder):
     """metrics.csv without the speed, and the weights in generator.pt."""
-    rows = [list(row.values())[:-1] for row in table(folder / "output/metrics.csv")]
+    rows = metrics(folder)
     assert len(rows) == STEPS / SETTINGS["LOG_EVERY"]
-    state = torch.load(folder / "output/generator.pt", weights_only=True)
-    return rows, {name: weight.tolist() for name, weight in state["average"].items()}
+    weights = checkpoint(folder, "generator.pt")["average"]
+    return rows, {name: weight.tolist() for name, weight in weights.items()}
 
 
 # -------------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize(
-    "card, precision",
-    [
-        ("A100", "bfloat16"),
-        ("T4", "float16"),
-        ("GTX 1660", "float32"),
-        ("GTX 1080", "float32"),
-        ("Mac", "float32"),
-    ],
-)
+PRECISIONS = {"A100": "bfloat16", "T4": "float16"}
+PRECISIONS |= dict.fromkeys(("GTX 1660", "GTX 1080", "Mac"), "float32")
+
+
+@pytest.mark.parametrize("card, precision", PRECISIONS.items())
 def test_a_run_on_a_card_leaves_all_its_files(finished, card, precision):
     folder, done = finished(card)
-    name = "MPS" if card == "Mac" else f"{CARDS[card].name}, images on it"
+    name = "MPS" if card == "Mac" else f"{CARDS[card].name}, images in GPU memory"
     first, *others, last = done.stdout.splitlines()
     assert first.startswith(name) and f", {precision}; 120 images, 15 steps" in first
     assert len([line for line in others if line.startswith("epoch ")]) == 2
     assert last.startswith("finished")
     output = folder / "output"
-    files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    assert files == RUN_FILES | {"samples/epoch_002.png"}
+    assert files(output).keys() == RUN_FILES
     before, after = (pixels(output / f"samples/epoch_00{epoch}.png") for epoch in (0, 2))
     assert before.shape == after.shape and not torch.equal(before, after)
 
@@ -189,9 +179,8 @@ def test_steps_of_both_kinds_are_replayed_and_give_the_numbers_of_steps_without_
     finished, card
 ):
     folder = finished(card)[0]
-    (plain, plain_replays), (penalty, penalty_replays) = json.loads(
-        (folder / "graphs.json").read_text()
-    )
+    graphs = json.loads((folder / "graphs.json").read_text())
+    (plain, plain_replays), (penalty, penalty_replays) = graphs
     assert plain < penalty
     # All steps but the first three of each kind; one in four is with the penalty.
     assert (plain_replays, penalty_replays) == (STEPS - 8 - 3, 8 - 3)
@@ -211,21 +200,20 @@ def test_float32_gives_the_numbers_of_the_cpu(finished, card, other, layout):
 
 def test_images_that_do_not_fit_on_the_card_give_the_same_numbers(finished, workplace):
     pinned = program("A100", NO_PICTURES, free=400_000)
-    done = run(*flags(**SETTINGS), cwd=workplace, program=pinned)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "images on disk" in done.stdout.splitlines()[0]
+    said = succeed(*flags(**SETTINGS), cwd=workplace, program=pinned)
+    assert "images on disk" in said.splitlines()[0]
     assert numbers(workplace) == numbers(finished("A100")[0])
 
 
-def test_a_killed_run_ends_with_the_numbers_of_one_that_was_left_alone(finished, workplace):
+def test_a_killed_run_ends_with_the_numbers_of_an_uninterrupted_one(finished, workplace):
     words = flags(**SETTINGS | {"CHECKPOINT_MINUTES": 0.005})
     with start(*words, cwd=workplace, program=program("T4", NO_PICTURES)) as process:
         # 20 steps: both graphs are there.
-        until(lambda: len(table(workplace / "output/metrics.csv")) > 3)
+        until(lambda: len(metrics(workplace)) > 3)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     done = train(workplace, "T4", NO_PICTURES)
-    assert (done.returncode, done.stderr) == (0, "") and "going on from" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "resuming from" in done.stdout
     assert numbers(workplace) == numbers(finished("T4")[0])
 
 
@@ -238,8 +226,8 @@ from torch.optim.lr_scheduler import ExponentialLR
 class Scheduled(dcgan.Trainer):
     def __init__(self, *where):
         super().__init__(*where)
-        descents = (self.generator_descent, self.discriminator_descent)
-        self.schedules = [ExponentialLR(descent.optimizer, 0.8) for descent in descents]
+        optimizers = (self.generator_optimizer, self.discriminator_optimizer)
+        self.schedules = [ExponentialLR(optimizer.adamw, 0.8) for optimizer in optimizers]
 
     def advance(self, *batch):
         super().advance(*batch)
@@ -258,43 +246,32 @@ def test_a_learning_rate_that_changes_between_steps_reaches_the_graphs(finished)
 
 READS = {
     "in each step": ("        loss_g = bce(judged, 1.0)", "loss_g.item()"),
-    "in steps with the penalty": (
-        "        self.discriminator.train()",
-        "logits.sum().tolist()",
-    ),
+    "in steps with the penalty": ("        self.discriminator.train()", "logits.sum().tolist()"),
     "in the optimizer": (
-        "        self.optimizer = torch.optim.AdamW(network.parameters(), rate, **options)",
-        "self.optimizer.register_step_post_hook(lambda *about: rate.item())",
+        "        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)",
+        "read = lambda adamw, *about: adamw.param_groups[0]['lr'].item()\n"
+        "        self.adamw.register_step_post_hook(read)",
     ),
-    "between optimizer and scaler": ("        self.scaler.step(self.optimizer)", "loss.item()"),
+    "between optimizer and scaler": ("        self.scaler.step(self.adamw)", "loss.item()"),
 }
 
 
-@pytest.mark.parametrize(
-    "card, place",
-    [
-        ("A100", "in each step"),
-        ("T4", "in steps with the penalty"),
-        ("T4", "in the optimizer"),
-        ("T4", "between optimizer and scaler"),
-    ],
-)
-def test_a_step_that_reads_a_value_is_reported_and_runs_without_a_graph(
-    finished, workplace, card, place
-):
+@pytest.mark.parametrize("place", READS)
+def test_a_step_that_reads_a_value_is_reported_and_runs_without_a_graph(finished, workplace, place):
     line, reading = READS[place]
-    folder = edited(workplace, line, f"{line}\n        {reading}")
-    done = train(workplace, card, NO_PICTURES, folder)
+    card = "A100" if place == "in each step" else "T4"
+    edited(workplace, line, f"{line}\n        {reading}")
+    done = train(workplace, card, NO_PICTURES)
     assert (done.returncode, done.stderr) == (0, "")
     [said] = [line for line in done.stdout.splitlines() if "no CUDA graph" in line]
-    assert "kernel by kernel" in said
+    assert "training continues" in said
     assert numbers(workplace) == numbers(finished(card, EAGER)[0])
 
 
 def test_a_tensor_of_the_cpu_in_the_step_ends_with_a_traceback_that_names_the_line(workplace):
     line = "        loss_g = bce(judged, 1.0)"
-    folder = edited(workplace, line, f"{line} + torch.zeros(1)")
-    done = train(workplace, "A100", "", folder)
+    edited(workplace, line, f"{line} + torch.zeros(1)")
+    done = train(workplace, "A100")
     assert done.returncode == 1 and "Traceback" in done.stderr
     assert "loss_g = bce(judged, 1.0) + torch.zeros(1)" in done.stderr
     assert "at least two devices, cuda:0 and cpu" in done.stderr.splitlines()[-1]
@@ -316,8 +293,7 @@ def test_a_full_memory_is_one_line(workplace, card, call):
     full = program(card, full_at=call)
     done = run(*flags(**SETTINGS), cwd=workplace, program=full)
     assert done.returncode == 1
-    line = one_line(done.stderr, "out of memory", "lower BATCH_SIZE or IMAGE_SIZE")
-    assert card == "Mac" or "8.0 GiB of 16.0 GiB are free on the NVIDIA A100" in line
+    one_line(done.stderr, "out of memory", "lower BATCH_SIZE, IMAGE_SIZE", "Tried")
 
 
 # ------------------------------------------------------------------------------ a trained generator
@@ -326,9 +302,8 @@ def test_a_full_memory_is_one_line(workplace, card, call):
 def test_the_generator_of_a_card_draws_the_same_faces_there_and_on_a_cpu(finished, tmp_path):
     source = finished("A100")[0] / "output/generator.pt"
     words = ["generate", "--seed", 1, "--precision", "float32", "--checkpoint", source]
-    there = run(*words, "--output", "card.png", cwd=tmp_path, program=program("A100"))
-    here = run(*words, "--output", "cpu.png", "--device", "cpu", cwd=tmp_path)
-    assert (there.returncode, there.stderr, here.returncode) == (0, "", 0)
+    succeed(*words, "--output", "card.png", cwd=tmp_path, program=program("A100"))
+    succeed(*words, "--output", "cpu.png", "--device", "cpu", cwd=tmp_path)
     assert torch.equal(pixels(tmp_path / "card.png"), pixels(tmp_path / "cpu.png"))
 
 
@@ -338,15 +313,14 @@ def test_a_card_draws_a_film(finished, tmp_path, card):
     imitated = [ROOT / "tests/imitated_gpu.py", card, SCRIPT, "interpolate", "--num-faces", 2]
     checkpoint = finished(card)[0] / "output/generator.pt"
     words = ["--checkpoint", checkpoint, "--output", "film.gif"]
-    done = run(*words, cwd=tmp_path, program=imitated)
-    assert (done.returncode, done.stderr) == (0, "")
+    succeed(*words, cwd=tmp_path, program=imitated)
     assert len(film(tmp_path / "film.gif")[0]) == 2 * 16
 
 
 def test_a_card_measures_the_faces(finished, workplace, weights):
     words = ["--checkpoint", finished("T4")[0] / "output/generator.pt", "--data-dir", "faces"]
-    words += ["--num-images", 20, "--max-images", 16, "--inception-weights", weights]
-    done = run("evaluate", *words, cwd=workplace, program=program("T4", FEW))
-    assert (done.returncode, done.stderr) == (0, "")
+    words += ["--num-images", 20, "--max-images", 16]
+    options = {"program": program("T4", FEW), "env": {"TORCH_HOME": str(weights)}}
+    succeed("evaluate", *words, cwd=workplace, **options)
     [row] = table(workplace / "output/evaluation.csv")
     assert float(row["FID"]) > 0 and 0 <= float(row["precision"]) <= 1

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY
+from conftest import TINY, batch
 from torch import nn
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -19,18 +19,8 @@ def shapes(network, *inputs):
     seen = []
     for module in network.modules():
         if isinstance(module, CONVOLUTIONS):
-            module.register_forward_hook(
-                lambda module, inputs, output: seen.append(tuple(output.shape[1:]))
-            )
+            module.register_forward_hook(lambda *about: seen.append(tuple(about[-1].shape[1:])))
     return network(*inputs), seen
-
-
-def batch(size=TINY["IMAGE_SIZE"], seed=0):
-    """(faces, flips, latents) as the training step takes them."""
-    numbers = torch.Generator().manual_seed(seed)
-    faces = torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8, generator=numbers)
-    flips = torch.rand(8, 1, 1, 1, generator=numbers) < 0.5
-    return faces, flips, torch.randn(8, TINY["LATENT_SIZE"], 1, 1, generator=numbers)
 
 
 def frozen(network):
@@ -59,9 +49,8 @@ def test_layers_double_from_4_x_4_to_the_image_and_back(tiny, size):
     inner = up[:-1]
     assert [side for _, side, _ in up] == [2**level for level in range(2, size.bit_length())]
     assert inner[-1][0] == 4 and max(width for width, *_ in inner) == min(32, size // 2)
-    assert all(
-        before in (after, 2 * after) for (before, *_), (after, *_) in itertools.pairwise(inner)
-    )
+    for (before, *_), (after, *_) in itertools.pairwise(inner):
+        assert before in (after, 2 * after)
     assert down == [*inner[::-1], (1, 1, 1)]
 
 
@@ -75,10 +64,8 @@ def test_the_defaults_are_the_papers_networks():
     assert up == [(512, 4, 4), (256, 8, 8), (128, 16, 16), (64, 32, 32), (3, 64, 64)]
     assert down == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (1, 1, 1)]
     count = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
-    assert count == [
-        3_576_704 + 3,
-        2_765_568 + 64 + 1,
-    ]  # the well-known counts, and biases where no BatchNorm follows
+    # the well-known counts, and biases where no BatchNorm follows
+    assert count == [3_576_704 + 3, 2_765_568 + 64 + 1]
 
 
 @pytest.mark.parametrize("size", [32, 256])
@@ -94,33 +81,27 @@ def test_details_are_the_papers(tiny, size):
                 assert not inner or (layer.stride, layer.padding) == ((2, 2), (1, 1))
             if isinstance(layer, nn.LeakyReLU):
                 assert layer.negative_slope == 0.2
-        first, last = (
-            next(c for c in order if isinstance(c, CONVOLUTIONS))
-            for order in (layers, layers[::-1])
-        )
+        first, *_, last = [layer for layer in layers if isinstance(layer, CONVOLUTIONS)]
         assert (last if network is generator else first).bias is not None and last.bias is not None
     kinds = [{type(layer) for layer in network.modules()} for network in (generator, discriminator)]
     assert {nn.ReLU, nn.Tanh} <= kinds[0] and nn.LeakyReLU not in kinds[0]
-    assert (
-        nn.LeakyReLU in kinds[1] and not {nn.ReLU, nn.Sigmoid} & kinds[1]
-    )  # logits, not probabilities
+    # logits, not probabilities
+    assert nn.LeakyReLU in kinds[1] and not {nn.ReLU, nn.Sigmoid} & kinds[1]
 
 
 def test_first_weights_are_normal_with_deviation_0_02(tiny):
     made = trainer(tiny, IMAGE_SIZE=64, LATENT_SIZE=100, G_FEATURES=64, D_FEATURES=64)
     for network in (made.generator, made.discriminator):
-        gains = torch.cat(
-            [m.weight for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-        ).detach()
+        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+        gains = torch.cat([module.weight.detach() for module in norms])
         for module in network.modules():
             if isinstance(module, CONVOLUTIONS):
                 spread = module.weight.detach() / 0.02
                 loose = 6 / math.sqrt(spread.numel())
                 assert spread.mean().item() == pytest.approx(0, abs=loose)
                 assert spread.std().item() == pytest.approx(1, abs=loose)
-                assert (spread.abs() < 1).float().mean().item() == pytest.approx(
-                    0.6827, abs=loose
-                )  # not uniform
+                within = (spread.abs() < 1).float().mean().item()
+                assert within == pytest.approx(0.6827, abs=loose)  # not uniform
             if getattr(module, "bias", None) is not None:
                 assert not module.bias.any()
         assert gains.mean().item() == pytest.approx(1, abs=0.004)
@@ -130,6 +111,11 @@ def test_first_weights_are_normal_with_deviation_0_02(tiny):
 
 
 # --------------------------------------------------------------------------------------------- loss
+
+
+def assert_gradients(network, wanted):
+    for parameter, gradient in zip(network.parameters(), wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_the_loss_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(tiny):
@@ -143,9 +129,8 @@ def test_the_loss_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(t
 
 
 def test_a_step_descends_the_papers_losses_with_non_saturating_generator(tiny):
-    made = trainer(
-        tiny, LEARNING_RATE=0, REAL_LABEL=0.9
-    )  # both networks stand still: all can be computed again
+    # Both networks stand still: all can be computed again.
+    made = trainer(tiny, LEARNING_RATE=0, REAL_LABEL=0.9)
     generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
     faces, flips, latents = batch()
     made.step(faces, flips, latents)
@@ -153,22 +138,16 @@ def test_a_step_descends_the_papers_losses_with_non_saturating_generator(tiny):
     reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
     fakes = generator(latents)
     real, fake = discriminator(reals), discriminator(fakes.detach())
-    loss_d = (
-        F.binary_cross_entropy(real.sigmoid(), torch.full((8,), 0.9))
-        - (1 - fake.sigmoid()).log().mean()
-    )
+    loss_d = F.binary_cross_entropy(real.sigmoid(), torch.full((8,), 0.9))
+    loss_d = loss_d - (1 - fake.sigmoid()).log().mean()
     loss_d.backward()
     of_d = [p.grad.clone() for p in discriminator.parameters()]
     loss_g = -discriminator(fakes).sigmoid().log().mean()
     loss_g.backward()
-    wanted = torch.stack([loss_d, loss_g, real.sigmoid().mean(), fake.sigmoid().mean()])
-    torch.testing.assert_close(made.totals, wanted.detach(), rtol=1e-4, atol=1e-5)
-    for network, gradients in (
-        (made.discriminator, of_d),
-        (made.generator, [p.grad for p in generator.parameters()]),
-    ):
-        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
-            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+    wanted = [loss_d, loss_g, real.sigmoid().mean(), fake.sigmoid().mean(), torch.tensor(1.0)]
+    torch.testing.assert_close(made.totals, torch.stack(wanted).detach(), rtol=1e-4, atol=1e-5)
+    assert_gradients(made.discriminator, of_d)
+    assert_gradients(made.generator, [p.grad for p in generator.parameters()])
 
 
 def test_the_penalty_is_the_squared_gradient_of_each_logit_by_its_own_image(tiny):
@@ -187,8 +166,7 @@ def test_the_penalty_is_the_squared_gradient_of_each_logit_by_its_own_image(tiny
         (slope,) = torch.autograd.grad(discriminator(image), image, create_graph=True)
         loss = loss + tiny.R1_INTERVAL * 3.0 / 2 * slope.square().sum() / len(reals)
     wanted = torch.autograd.grad(loss, list(discriminator.parameters()))
-    for parameter, gradient in zip(made.discriminator.parameters(), wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert_gradients(made.discriminator, wanted)
 
 
 @pytest.mark.parametrize("gamma, penalties", [(0.1, 2), (0, 0)])
@@ -206,7 +184,7 @@ def test_the_penalty_comes_in_every_so_many_steps_also_after_resuming(
 
     monkeypatch.setattr(made, "gradient_penalty", noted)
     for number in range(7):
-        made.advance(*batch(seed=number))
+        made.advance(*batch(number))
     assert steps == [8, 12][:penalties]
 
 
@@ -216,12 +194,11 @@ def test_the_penalty_comes_in_every_so_many_steps_also_after_resuming(
 @pytest.mark.parametrize("size", [32, 128])
 def test_gradient_reaches_every_parameter(tiny, size):
     made = trainer(tiny, IMAGE_SIZE=size)
-    made.step(*batch(size))
+    made.step(*batch(size=size))
     for network in (made.generator, made.discriminator):
         for name, parameter in network.named_parameters():
-            assert (
-                parameter.requires_grad and parameter.grad.isfinite().all() and parameter.grad.any()
-            ), name
+            assert parameter.requires_grad and parameter.grad.any(), name
+            assert parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("moving", ["generator", "discriminator"])
@@ -230,7 +207,7 @@ def test_the_step_of_one_network_leaves_the_other_alone(tiny, moving):
     made = trainer(tiny, LEARNING_RATE=rates[0], D_LEARNING_RATE=rates[1])
     before = {name: frozen(getattr(made, name)) for name in ("generator", "discriminator")}
     for number in range(3):
-        made.step(*batch(seed=number))
+        made.step(*batch(number))
     for name, tensors in before.items():
         network = getattr(made, name)
         for parameter, _ in network.named_parameters():
@@ -241,35 +218,27 @@ def test_the_step_of_one_network_leaves_the_other_alone(tiny, moving):
 @pytest.mark.parametrize("with_penalty", [False, True])
 def test_a_step_touches_nothing_else(tiny, dtype, with_penalty):
     made = trainer(tiny, dtype)
-    inputs, average, state, images = (
-        batch(),
-        frozen(made.average),
-        torch.get_rng_state(),
-        made.images,
-    )
+    inputs, average = batch(), frozen(made.average)
+    state, images = torch.get_rng_state(), made.images
     kept = [tensor.clone() for tensor in inputs]
     made.step(*inputs, with_penalty)
     assert all(torch.equal(*pair) for pair in zip(inputs, kept)) and equal(average, made.average)
     assert torch.equal(state, torch.get_rng_state()) and made.images == images
     assert made.generator.training and made.discriminator.training and not made.average.training
-    assert all(
-        p.dtype == torch.float32
-        for network in (made.generator, made.discriminator)
-        for p in network.parameters()
-    )
+    for network in (made.generator, made.discriminator):
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in made.average.parameters())
     statistics = [m for m in made.discriminator.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert {m.num_batches_tracked.item() for m in statistics} == {
-        3
-    }  # real, fake, and fake again for the generator
+    # real, fake, and fake again for the generator
+    assert {module.num_batches_tracked.item() for module in statistics} == {3}
 
 
 def test_a_learning_rate_that_is_changed_counts_from_the_next_step(tiny):
     made = trainer(tiny)
     made.advance(*batch())
-    made.generator_descent.optimizer.param_groups[0]["lr"].zero_()
+    made.generator_optimizer.adamw.param_groups[0]["lr"].zero_()
     before = frozen(made.generator)
-    made.advance(*batch(seed=1))
+    made.advance(*batch(1))
     names = [name for name, _ in made.generator.named_parameters()]
     assert equal(before, made.generator, names)
 
@@ -279,9 +248,9 @@ def test_steps_follow_from_the_seed_and_the_batches_alone(tiny):
     torch.rand(99)
     again = trainer(tiny)
     for number in range(3):
-        made.advance(*batch(seed=number))
+        made.advance(*batch(number))
         torch.rand(99)
-        again.advance(*batch(seed=number))
+        again.advance(*batch(number))
     for name in ("generator", "discriminator", "average"):
         assert equal(frozen(getattr(made, name)), getattr(again, name))
 
@@ -290,7 +259,7 @@ def test_weights_and_what_the_optimizers_keep_are_channels_last(tiny):
     made = trainer(tiny)
     made.advance(*batch())
     for network in ("generator", "discriminator"):
-        optimizer = getattr(made, f"{network}_descent").optimizer
+        optimizer = getattr(made, f"{network}_optimizer").adamw
         for parameter in getattr(made, network).parameters():
             moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
             for tensor in (parameter, *moments) if parameter.dim() == 4 else ():
@@ -309,7 +278,7 @@ def test_the_average_covers_the_weights_with_the_documented_half_life(tiny, shar
     made.images = images
     wanted = {name: tensor.clone() for name, tensor in made.average.named_parameters()}
     for number in range(4):
-        made.advance(*batch(seed=number))
+        made.advance(*batch(number))
         documented = share * (images + 8 * (number + 1))
         keep = 0.5 ** (8 / documented) if documented else 0
         for name, tensor in made.generator.named_parameters():
@@ -322,20 +291,20 @@ def test_the_average_covers_the_weights_with_the_documented_half_life(tiny, shar
 def test_the_averages_statistics_are_those_of_its_own_activations_and_follow_from_its_weights(tiny):
     made = trainer(tiny, G_FEATURES=16)
     for number in range(4):
-        made.advance(*batch(seed=number))
-    settled = copy.deepcopy(tiny.settle_statistics(made.average))
+        made.advance(*batch(number))
+    refreshed = copy.deepcopy(tiny.refresh_batchnorm(made.average))
     torch.rand(7)
     for module in made.average.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.fill_(9)
             module.running_var.fill_(9)
-    tiny.settle_statistics(made.average)
-    assert equal(frozen(settled), made.average) and not settled.training
-    norms = [module for module in settled.modules() if isinstance(module, nn.BatchNorm2d)]
+    tiny.refresh_batchnorm(made.average)
+    assert equal(frozen(refreshed), made.average) and not refreshed.training
+    norms = [module for module in refreshed.modules() if isinstance(module, nn.BatchNorm2d)]
     seen = []
     for module in norms:
         module.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
-    settled(torch.randn(2_000, TINY["LATENT_SIZE"], 1, 1))
+    refreshed(torch.randn(2_000, TINY["LATENT_SIZE"], 1, 1))
     for module, output in zip(norms, seen, strict=True):  # normalised: only gain and bias are left
         spread = output.std((0, 2, 3)) / module.weight
         torch.testing.assert_close(spread, torch.ones_like(spread), rtol=0, atol=0.15)
