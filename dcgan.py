@@ -1496,7 +1496,8 @@ class Run:
     def save_and_draw(self, now=False):
         """Within an epoch: save first; then draw the samples and, if they are due, pictures."""
         self.save()
-        self.draw_pictures(self.sample(), now)
+        if RANK == 0:
+            self.draw_pictures(self.sample(), now)
 
     def draw_pictures(self, fakes, now=False):
         """losses.png, real_vs_fake.png and training.gif, once per two minutes, or `now`.
@@ -1927,7 +1928,7 @@ def kaggle_error(said):
     for pattern, text in KAGGLE_ERRORS.items():
         if found := re.search(pattern, said):
             return found.expand(text)
-    last_line = re.sub(r"(?=\S*\d)\S{20,}", "…", one_line(said.splitlines()[-1]))  # of tokens
+    last_line = re.sub(r"(?=\S*\d)\S{20,}", "…", one_line(said.splitlines()[-1]))  # tokens
     return f"Kaggle's client has failed ({last_line}); try pip install -r requirements.txt"
 
 
@@ -2194,11 +2195,14 @@ def locked(path, waiting=None):
 
 def build_once(find, build, lock, waiting):
     """What `find()` returns. While that is None, a single process calls `build()` to make it."""
-    if find() is None:
+    found = find()
+    if found is None:
         with locked(lock, waiting):
-            if find() is None:
+            found = find()
+            if found is None:
                 build()
-    return find()
+                found = find()
+    return found
 
 
 def seed_for(*parts):
