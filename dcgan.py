@@ -41,6 +41,7 @@ import copy
 import csv
 import ctypes
 import difflib
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -50,36 +51,46 @@ import multiprocessing
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import site
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 import zipfile
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from operator import call
 from pathlib import Path
 from statistics import fmean
-from time import perf_counter, sleep, time
+from time import perf_counter, sleep
 from typing import NamedTuple
 from urllib.error import URLError
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from filelock import FileLock, Timeout
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
-from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from filelock import FileLock, Timeout
+    from PIL import Image, ImageDraw, ImageFilter, ImageOps
+    from torch import nn
+    from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
+    from torchvision.utils import make_grid
+    from tqdm import tqdm
+
+    if torch.__version__ < "2.11":
+        raise ImportError(f"PyTorch 2.11 or newer is needed, and this is {torch.__version__}")
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"dcgan.py: error: {error}; run {sys.executable} -m pip install -r requirements.txt")
 
 # ---------------------------------------------------------------------------------------- settings
 # Edit these lines, or use flags: BATCH_SIZE is --batch-size. The comments give the reason for each
@@ -90,6 +101,7 @@ IMAGE_SIZE = 64  # as in the paper; doubling it takes three to five times as lon
 BATCH_SIZE = 32  # 64 is faster, but learns less from each image
 MAX_IMAGES = None  # all images
 WORKERS = None  # one per core
+SKIP_BROKEN = False  # many broken images may mean that a download or a disk has failed
 
 # Networks
 LATENT_SIZE = 100  # as in the paper
@@ -117,15 +129,22 @@ DEVICE = None  # the best available
 PRECISION = None  # the fastest on the device
 
 # Places
-CELEBA_DIR = "data/celeba"  # CelebA is downloaded to this folder only
+CELEBA = "jessicali9530/celeba-dataset"  # needs no account
+CELEBA_DIR = "data/celeba"
+KAGGLE_DATASET = CELEBA  # another one gets a folder of its own below data/kaggle
 DATA_DIR = CELEBA_DIR  # for your own photos, give their folder
 CACHE_DIR = "data/cache"  # holds 2.3 GiB for all of CelebA at 64 pixels
 OUTPUT_DIR = "output"  # one folder per run
-KAGGLE_DATASET = "jessicali9530/celeba-dataset"  # needs no account
 
-# Set by torchrun
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)  # number of processes
-RANK = int(os.environ.get("RANK") or 0)  # number of this process; 0 draws, logs and saves
+
+def launcher_number(name, default):
+    """A number that torchrun puts into the environment. `check_launcher` refuses a wrong one."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default
+
+
+WORLD_SIZE = launcher_number("WORLD_SIZE", 1)  # number of processes
+RANK = launcher_number("RANK", 0)  # number of this process; 0 draws, logs and saves
 
 # ---------------------------------------------------------------------------------------- networks
 
@@ -435,11 +454,11 @@ def pick_device():
         best = torch.device("cpu")  # processes cannot share gradients on MPS
     device = torch.device(DEVICE or best.type)
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", launcher_number("LOCAL_RANK", 0))
     elif device.index is not None and WORLD_SIZE > 1:
         raise UserError(f"DEVICE is {device}, but there are {WORLD_SIZE} processes; set it to None")
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"DEVICE is {device}, which cannot be used here ({one_line(error)}); try --device cpu "
@@ -473,6 +492,12 @@ def pick_dtype(device):
     return torch.float32
 
 
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()}, {plural(torch.get_num_threads(), 'thread')}"
+
+
 def keep_freed_memory():
     """Tell glibc not to return freed memory to the system.
 
@@ -487,12 +512,16 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def usable_cores(quota_file="/sys/fs/cgroup/cpu.max"):
+def usable_cores(cgroup="/sys/fs/cgroup"):
     """CPU cores that this process may use. In a container that is its quota."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    with suppress(OSError, ValueError):  # there is no such file, or it says "max"
-        quota, period = Path(quota_file).read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
+    # One file in version 2 of cgroups, two in version 1.
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            text = " ".join(Path(cgroup, name).read_text() for name in names)
+            quota, period = map(int, text.split())
+            if quota > 0:
+                cores = min(cores, math.ceil(quota / period))
     return cores
 
 
@@ -584,6 +613,20 @@ def device_error(error):
 
 # -------------------------------------------------------------------------------- several processes
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_launcher():
+    """Raise UserError if what a launcher puts into the environment does not fit together."""
+    given = " ".join(f"{name}={os.environ.get(name, '')}" for name in LAUNCHER)
+    alone = "RANK=0? WORLD_SIZE=1? LOCAL_RANK=[0-9]* .*"
+    several = "RANK=[0-9]+ WORLD_SIZE=[0-9]+ LOCAL_RANK=[0-9]* MASTER_ADDR=.+ MASTER_PORT=[0-9]+"
+    if RANK >= WORLD_SIZE or not re.fullmatch(f"{alone}|{several}", given):
+        raise UserError(
+            f"the environment has {given}, which do not fit together; torchrun sets all of them; "
+            "for a run of one process, unset them"
+        )
+
 
 def data_parallel(network, device):
     """`network`, wrapped to average gradients over the processes if there are several.
@@ -618,14 +661,20 @@ def broadcast_batchnorm(network):
             dist.broadcast(statistic, 0)
 
 
-def connect_processes(state, key, images, device):
-    """Connect to the other processes. Returns the checkpoint and the data key of rank 0.
+def connect_processes(state, images, device):
+    """Connect to the other processes. Returns the checkpoint of rank 0.
 
-    The timeout is long because another machine may still be decoding images; torchrun itself
-    notices dead processes. Raises UserError if the machines have different images.
+    `images` describes the images of this process. The timeout is long because another machine may
+    still be decoding images; torchrun itself notices dead processes. Raises UserError if the
+    machines have different images.
     """
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(days=1)
+    address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+    text = f"process {RANK} of 0 to {WORLD_SIZE - 1} is waiting for the others at {address}"
+    waiting = threading.Timer(10, print, [text])
+    waiting.daemon = True
+    waiting.start()
     store = next(dist.rendezvous("env://", timeout=limit))[0]
     # After torchrun --max-restarts the store still holds the addresses of the last attempt, so each
     # attempt uses a prefix of its own. Not on several machines, which may count differently.
@@ -634,13 +683,14 @@ def connect_processes(state, key, images, device):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=limit)
-    counts = [0] * WORLD_SIZE
-    dist.all_gather_object(counts, images)
-    if len(set(counts)) > 1:
-        raise UserError(f"the machines have different numbers of images: {counts}; copy DATA_DIR")
-    shared = [state, key]  # rank 0's key: modification times differ between machines
+    sets = [""] * WORLD_SIZE
+    dist.all_gather_object(sets, images)
+    waiting.cancel()
+    if len(set(sets)) > 1:
+        raise UserError(f"the machines have different images ({', '.join(sets)}); copy DATA_DIR")
+    shared = [state]
     dist.broadcast_object_list(shared, device=device)
-    return shared
+    return shared[0]
 
 
 def should_stop(signals, device, row_due):
@@ -663,26 +713,63 @@ def should_stop(signals, device, row_due):
 # -------------------------------------------------------------------------------------------- data
 
 
-def list_images(folder):
+def data_folder():
+    """The folder of the images: DATA_DIR, unless that is CelebA's and KAGGLE_DATASET is another."""
+    folder = Path(DATA_DIR).absolute()
+    if KAGGLE_DATASET != CELEBA and folder == Path(CELEBA_DIR).absolute():
+        folder = Path("data/kaggle", KAGGLE_DATASET).absolute()
+    return folder
+
+
+# The names that nearly all images have. Any other file is opened to find out.
+IMAGE_NAME = re.compile("[.](jpe?g|png|bmp|ppm|pgm|tiff?|webp)$", re.IGNORECASE)
+
+
+def list_images(folder, others):
     """Yield (path, size, modification time) of each image below `folder`; paths are relative.
 
-    Hidden files and __MACOSX are left out. Links are followed, but no folder is listed twice.
+    An image is what has an image's name or, with any other name, what Pillow opens. The rest is
+    counted in `others`, a Counter, by extension. Links are followed, but no folder is listed
+    twice. Raises OSError for a folder that cannot be listed.
     """
+
+    def refuse(error):
+        raise error
+
     seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real_place = os.path.realpath(place)
         if real_place in seen:
             folders.clear()
             continue
         seen.add(real_place)
-        folders[:] = [name for name in folders if name[0] != "." and name != "__MACOSX"]
-        inner = Path(place).relative_to(folder)
+        inner = os.path.relpath(place, folder)
         for name in files:
-            if name[0] != "." and name.lower().endswith(IMG_EXTENSIONS):
-                path = os.path.join(place, name)
+            path = os.path.join(place, name)
+            relative = os.path.normpath(os.path.join(inner, name))
+            if hidden(relative):
+                others["hidden"] += 1
+            # Opening a pipe would wait forever.
+            elif IMAGE_NAME.search(name) or (os.path.isfile(path) and opens(path)):
                 # A broken link is listed, too, so that decoding reports it.
                 status = os.stat(path, follow_symlinks=os.path.exists(path))
-                yield str(inner / name), status.st_size, status.st_mtime_ns
+                yield relative, status.st_size, status.st_mtime_ns
+            else:
+                others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+
+
+def hidden(path):
+    """Whether a relative path is, or is in, what macOS and others hide from their users."""
+    return re.search(r"(^|[/\\])(\.(?!$)|__MACOSX)", path) is not None
+
+
+def opens(file):
+    """Whether Pillow opens a file, given as a path or as an object."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file):
+            return True
+    except Exception:  # it raises almost anything
+        return False
 
 
 def read_face(path, size):
@@ -690,38 +777,53 @@ def read_face(path, size):
 
     Raises Pillow's errors for damaged files and for decompression bombs.
     """
-    with warnings.catch_warnings(action="ignore"):
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
-            image.draft(None, (size, size))  # libjpeg may decode at 1/2, 1/4 or 1/8, not smaller
-            ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip
-                image = image.convert("I").point(lambda value: value / 256, "F")
-            image = image.convert("RGB")
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        image.draft(None, (size, size))  # libjpeg may decode at 1/2, 1/4 or 1/8, not smaller
+        ImageOps.exif_transpose(image, in_place=True)
+        image = as_shown(image)
     square = center_crop(image, min(image.size))
     return pil_to_tensor(square.resize((size, size), Image.Resampling.BILINEAR))
 
 
-DECODER = "centre square, bilinear"  # change this text when you change what read_face returns
+def as_shown(image):
+    """A PIL image in RGB, as a viewer shows it: transparency on white, high depths by their range.
 
-
-def load_faces(image_size):
-    """(faces, key): DATA_DIR's images as uint8 (N, 3, image_size, image_size), and their key.
-
-    They are mapped from a file in CACHE_DIR, which the first call fills. The key stands for the
-    files and how they were decoded. Raises UserError if there are no images, or if too many cannot
-    be read.
+    Raises ValueError for high depths that have no range.
     """
-    folder = Path(DATA_DIR)
+    if image.mode[0] in "IF":  # 16 or 32 bits per pixel
+        values = np.asarray(image, np.float32)
+        values = (values - values.min()) / np.ptp(values)
+        if not np.isfinite(values).all():
+            raise ValueError("its pixels are all the same, or not finite")
+        image = Image.fromarray(np.uint8(255 * values + 0.5))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+# Change this text when you change what read_face returns.
+DECODER = "centre square, bilinear, transparency on white, high depths by their range"
+
+
+def find_faces(folder, image_size):
+    """The images in `folder`, a Path, as a FaceFolder. Raises UserError if there are none."""
+    others = Counter()
     with disk_errors(folder):
-        images = sorted(list_images(folder))[:MAX_IMAGES]
+        images = sorted(list_images(folder, others)) if folder.is_dir() else []
     if not images:
-        text = f"DATA_DIR ({folder}) is not a folder with images"
-        raise UserError(f"{text}; put some there, or change DATA_DIR")
-    faces = FaceFolder(folder, images, image_size)
-    waiting = "another process is decoding these images; waiting for it"
-    lock = faces.cache.with_suffix(".lock")
-    return build_once(faces.open_cache, faces.fill_cache, lock, waiting), faces.key
+        raise UserError(
+            f"DATA_DIR ({folder}) holds no images{left_out(others)}; put some there, or change "
+            "DATA_DIR (--data-dir)"
+        )
+    others["beyond MAX_IMAGES"] = len(images[MAX_IMAGES:]) if MAX_IMAGES else 0
+    return FaceFolder(folder, images[:MAX_IMAGES], image_size, others)
+
+
+def left_out(others):
+    """Text about the files in a folder that are not used, a Counter of their kinds."""
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common() if count)
+    return f"; left out: {kinds}" if kinds else ""
 
 
 class FaceFolder(ImageFolder):
@@ -732,13 +834,17 @@ class FaceFolder(ImageFolder):
     other images or another size have another file.
     """
 
-    def __init__(self, folder, images, image_size):
+    def __init__(self, folder, images, image_size, others=None):
         self.names = [name for name, *_ in images]
+        self.others = others or Counter()  # kinds of files that are not used
         self.shape = (3, image_size, image_size)
         super().__init__(folder)
-        self.key = digest(f"{images} {DECODER}, {image_size}")
-        place = digest(str(folder.resolve()))
-        self.cache = Path(CACHE_DIR) / f"faces-{place[:8]}-{self.key[:16]}-{image_size}.npy"
+        about = f"{DECODER}, {image_size}"
+        files = digest(f"{folder.resolve()} {images} {about}")
+        self.cache = Path(CACHE_DIR) / f"faces-{files[:24]}-{image_size}.npy"
+        # Stands for the data set. Copies of the same images, in whatever folder, have the same.
+        same = [(os.path.basename(name), size) for name, size, _ in images]
+        self.key = digest(f"{same} {about}")
 
     def find_classes(self, directory):
         return ["face"], {"face": 0}
@@ -754,6 +860,15 @@ class FaceFolder(ImageFolder):
             return read_face(path, self.shape[-1]).numpy().tobytes()
         except Exception as error:  # Pillow raises almost anything for a broken file
             return f"{type(error).__name__}: {error}"
+
+    def load(self):
+        """The images as uint8 (N, 3, S, S), mapped from the cache, which the first call fills.
+
+        Raises UserError if too many of them cannot be read.
+        """
+        waiting = "another process is decoding these images; waiting for it"
+        lock = self.cache.with_suffix(".lock")
+        return build_once(self.open_cache, self.fill_cache, lock, waiting)
 
     def open_cache(self):
         """Map the images (N, 3, S, S). None if there is no file, or if it is damaged."""
@@ -771,8 +886,11 @@ class FaceFolder(ImageFolder):
             return None
 
     def fill_cache(self):
-        """Decode all images. Names, skips and counts those that cannot be read."""
-        count, skipped = len(self), 0
+        """Decode all images. Names, skips and counts those that cannot be read.
+
+        Raises UserError if they are too many.
+        """
+        count, broken = len(self), []
         need_space(self.cache.parent, count * math.prod(self.shape), "decoding the images")
         bar = progress_bar(self.decode(), count, "decoding", " images")
         with replacing(self.cache) as file:
@@ -781,17 +899,26 @@ class FaceFolder(ImageFolder):
                 if isinstance(item, bytes):
                     file.write(item)
                     continue
-                skipped += 1
-                if skipped <= 100:
-                    say(f"skipped {os.path.join(self.root, name)!r}: {item!r}")
-                if skipped * 10 > count:
-                    raise UserError(
-                        f"more than one in ten of the {count:,} images in {self.root} cannot be "
-                        f"read, the last of them {name!r}; repair or remove them"
-                    )
-            self.write_header(file, count - skipped)
-        if skipped:
-            say(f"skipped {skipped} of {plural(count, 'image')}")
+                broken.append(f"{os.path.join(self.root, name)!r}: {one_line(item)}")
+                if len(broken) <= 10:
+                    say(f"skipped {broken[-1]}")
+            if broken:
+                self.report_broken(broken)
+            self.write_header(file, count - len(broken))
+
+    def report_broken(self, broken):
+        """List the broken images in a file. Raises UserError if they are too many."""
+        path = output_path("broken_images.txt")
+        lines = "\n".join([*broken, ""]).encode(errors="backslashreplace")
+        write_file(path, lambda file: file.write(lines))
+        text = f"skipped {len(broken):,} of {plural(len(self), 'image')}, listed in {path}"
+        share = len(broken) / len(self)
+        if share == 1 or (share > 0.1 and not SKIP_BROKEN):
+            raise UserError(
+                f"{text}: more than one in ten cannot be read; repair or remove them, or use the "
+                "rest with --skip-broken"
+            )
+        say(text)
 
     def write_header(self, file, count):
         """Write the start of the cache. Its length does not depend on `count`."""
@@ -805,12 +932,19 @@ class FaceFolder(ImageFolder):
         # With allow_none, asking does not set the method, which a notebook may still want to do.
         method = multiprocessing.get_start_method(allow_none=True)
         method = method or multiprocessing.get_all_start_methods()[0]  # the first is the default
-        most = math.inf if method == "fork" else 8  # with others, each worker imports torch
+        # With others, each worker imports torch, and this file, which a cell of a notebook is not.
+        most = math.inf if method == "fork" else 8 * ("__file__" in globals())
         workers = min(workers, most, math.ceil(len(self) / 64))
         # Workers send bytes through pipes: tensors would go through shared memory, 64 MB in Docker.
         options = {"num_workers": workers, "multiprocessing_context": method if workers else None}
         try:
-            for batch in torch.utils.data.DataLoader(self, 64, collate_fn=list, **options):
+            multiprocessing.get_context(method).Lock()  # if this fails, DataLoader leaves a mess
+            batches = iter(torch.utils.data.DataLoader(self, 64, collate_fn=list, **options))
+        except (OSError, ImportError) as error:  # the system has no processes or locks for them
+            say(f"no worker processes here ({one_line(error)}); decoding without, more slowly")
+            batches = iter(torch.utils.data.DataLoader(self, 64, collate_fn=list))
+        try:
+            for batch in batches:
                 yield from batch
         except RuntimeError as error:  # the system has killed a worker
             raise SystemFailure(f"decoding failed ({one_line(error)}); try fewer WORKERS") from None
@@ -829,8 +963,8 @@ class Batches:
         self.steps = len(faces) // BATCH_SIZE  # full batches only
         if self.steps == 0:
             raise UserError(
-                f"DATA_DIR ({DATA_DIR}) holds {len(faces)} images, fewer than BATCH_SIZE "
-                f"({BATCH_SIZE}); add images or lower BATCH_SIZE"
+                f"DATA_DIR ({data_folder()}) holds {plural(len(faces), 'image')}, fewer "
+                f"than BATCH_SIZE ({BATCH_SIZE}); add images or lower BATCH_SIZE"
             )
         if device.type == "cuda" and faces.numel() < torch.cuda.mem_get_info(device)[0] / 2:
             self.faces = faces.to(device)
@@ -904,17 +1038,22 @@ class Table:
         self.name = name
         self.kind = kind
         self.rows = []
+        self.complete = False  # whether the file holds all rows
 
     def append(self, row):
         """Add a row to the rows and to the file."""
         self.rows.append(row)
-        if RANK == 0:
-            append_rows(output_path(self.name), [row])
+        if self.complete:
+            self.complete = attempt(self.name, append_rows, output_path(self.name), [row])
+        else:
+            self.write()
 
     def write(self):
         """Replace the file by one that holds all the rows."""
-        lines = csv_lines([self.kind._fields, *self.rows])
-        write_file(output_path(self.name), lambda file: file.write(lines))
+        if RANK == 0:
+            lines = csv_lines([self.kind._fields, *self.rows])
+            path = output_path(self.name)
+            self.complete = attempt(self.name, write_file, path, lambda file: file.write(lines))
 
     def state_dict(self):
         return [list(row) for row in self.rows]
@@ -984,12 +1123,12 @@ NETWORK_SETTINGS = ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES", "D_FEATURES")
 ORDER_SETTINGS = ("BATCH_SIZE", "SEED", "MAX_IMAGES")
 
 
-def save_generator(state, row):
-    """Write generator.pt: the averaged generator, what builds it, and how good its faces are."""
+def generator_state(state, row):
+    """What generator.pt holds: the averaged generator, what builds it, its data and its quality."""
     small = {name: state[name] for name in ("epoch", "images", "average")}
-    small["settings"] = {name: state["settings"][name] for name in NETWORK_SETTINGS}
+    small["settings"] = {name: state["settings"][name] for name in (*NETWORK_SETTINGS, "DATA_DIR")}
     small["distance"] = row.distance
-    write_file(output_path("generator.pt"), lambda file: torch.save(small, file))
+    return small
 
 
 def save_checkpoint(state):
@@ -1018,6 +1157,8 @@ def read_checkpoint(path):
             checked(name, state["settings"][name])
         for name in ("epoch", "images"):
             state[name] = parse(state[name], COUNT)
+        folder = state["settings"].get("DATA_DIR", data_folder())  # old generator.pt have none
+        state["settings"]["DATA_DIR"] = checked("DATA_DIR", folder)
         build_generator(state)  # raises an error if the weights do not fit
     return state
 
@@ -1030,6 +1171,7 @@ def rename_old_fields(state):
             state[name] = {"moments": adamw["state"], "scaler": scaler}
         state["metrics"] = state.pop("rows")
         state["totals"] = torch.tensor([*state["totals"], state.pop("interval")])
+    state.setdefault("older", 0)
 
 
 def newest_checkpoint():
@@ -1064,14 +1206,16 @@ def grid(images, columns=8):
     return to_pil_image(make_grid(to_bytes(images.cpu()), columns))
 
 
-def save_picture(picture, path):
-    write_file(path, lambda file: picture.save(file, "PNG"))
+def save_picture(picture, path, **options):
+    """Write a PIL picture in the format of the path's extension."""
+    form = Image.registered_extensions()[path.suffix.lower()]
+    write_file(path, lambda file: picture.save(file, form, quality=95, **options))
 
 
-def save_gif(pictures, path, duration):
+def save_animation(pictures, path, duration):
     """A looping animation of PIL pictures, each shown for `duration` milliseconds."""
     options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "duration": duration}
-    write_file(path, lambda file: pictures[0].save(file, "GIF", **options))
+    save_picture(pictures[0], path, **options)
 
 
 @torch.no_grad()
@@ -1083,7 +1227,7 @@ def face_distance(fakes, reals):
     feature is divided by its standard deviation over the reals: copies of one image are at 1 to 2.
     The distance of reals from other reals is the floor.
     """
-    if len(reals) < 2:
+    if min(len(fakes), len(reals)) < 2:
         return math.inf
     rng = torch.Generator().manual_seed(0)
     both = [fakes, reals]
@@ -1109,9 +1253,8 @@ def face_distance(fakes, reals):
 def frechet_distance(one, two):
     """Between Gaussians with the means and covariances of two sets of features (N, D)."""
     covariance_one, covariance_two = torch.cov(one.T), torch.cov(two.T)
-    values, vectors = torch.linalg.eigh(covariance_one)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T  # of covariance_one
-    cross = torch.linalg.eigvalsh(root @ covariance_two @ root).clamp_min(0).sqrt().sum()
+    # The trace of the root of a product is the sum of the roots of its eigenvalues.
+    cross = torch.linalg.eigvals(covariance_one @ covariance_two).real.clamp_min(0).sqrt().sum()
     shift = (one.mean(0) - two.mean(0)).square().sum()
     return (shift + covariance_one.trace() + covariance_two.trace() - 2 * cross).item()
 
@@ -1151,14 +1294,19 @@ def advice(rows, diversity_share):
 @contextmanager
 def figure_file(name, width, height):
     """Yield a matplotlib figure, and save it in OUTPUT_DIR afterwards. It opens no window."""
+    figure = load_matplotlib()((width, height), layout="constrained")
+    yield figure
+    write_file(output_path(name), lambda file: figure.savefig(file, format="png"))
+
+
+def load_matplotlib():
+    """matplotlib's class Figure. The first call loads all that drawing needs."""
     backend = os.environ.get("MPLBACKEND", "").partition("module://")[2]
     if backend and importlib.util.find_spec(backend.partition(".")[0]) is None:
         del os.environ["MPLBACKEND"]  # programs started from Jupyter inherit one they do not have
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    yield figure
-    write_file(output_path(name), lambda file: figure.savefig(file, format="png"))
+    figure = need_module("matplotlib.figure", "matplotlib").Figure
+    figure((1, 1)).savefig(io.BytesIO(), format="png")  # loads what is imported late
+    return figure
 
 
 def draw_comparison(reals, fakes, epochs):
@@ -1219,7 +1367,7 @@ def draw_animation(epochs):
     stride = math.ceil(len(paths) / ANIMATION_FRAMES)
     shown = paths[::-stride][::-1]  # counted from the last one, which is always shown
     times = [150] * (len(shown) - 1) + [2500]  # milliseconds
-    save_gif([animation_frame(path) for path in shown], output_path("training.gif"), times)
+    save_animation([animation_frame(path) for path in shown], output_path("training.gif"), times)
 
 
 def animation_frame(path):
@@ -1250,11 +1398,12 @@ def train():
     SystemFailure for network and disk and, after saving, KeyboardInterrupt for a signal.
     """
     check_settings()
-    output = Path(OUTPUT_DIR)
+    output, folder = Path(OUTPUT_DIR), data_folder()
     with locked(output / ".lock") if RANK == 0 else nullcontext():
         state = newest_checkpoint() if RANK == 0 else None
         # Of several processes, the others do not know yet, and wait for this one.
-        if state and state["epoch"] >= EPOCHS and WORLD_SIZE == 1:
+        finished = state and state["epoch"] >= EPOCHS and WORLD_SIZE == 1
+        if finished and same_folder(state):
             say(
                 f"{output} holds a finished run of {plural(state['epoch'], 'epoch')}; raise EPOCHS "
                 "to continue it, or choose another OUTPUT_DIR for a new run"
@@ -1262,21 +1411,26 @@ def train():
             return output / "generator.pt"
         if state:
             check_networks(state["settings"])
-        need_module("matplotlib", "-r requirements.txt")
+        load_matplotlib()
         device = pick_device()
-        faces, key = prepare_data(IMAGE_SIZE)
+        found = prepare_data(folder, IMAGE_SIZE)
+        if state:
+            check_data(state, found.key)
+        faces = found.load()
         if WORLD_SIZE > 1:
-            state, key = connect_processes(state, key, len(faces), device)
-        run = Run(Trainer(device, pick_dtype(device)), Batches(faces, device), key)
-        run.announce()
+            images = f"{plural(len(faces), 'image')} {found.key[:8]}"
+            state = connect_processes(state, images, device)
+        run = Run(Trainer(device, pick_dtype(device)), Batches(faces, device), found.key)
+        found.others["broken"] = len(found) - len(faces)
+        run.announce(left_out(found.others))
         run.start(state)
         run.train()
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
-    say(
-        f"finished; samples are in {output}/samples; to generate new faces: "
-        f"python dcgan.py generate --output-dir {output}"
-    )
+    how = "generate_images(num_images=16)"
+    if __name__ == "__main__" and not in_notebook():
+        how = shell(sys.argv[0], "generate", "--output-dir", OUTPUT_DIR)
+    say(f"finished; samples are in {output / 'samples'}; to generate new faces: {how}")
     return output / "generator.pt"
 
 
@@ -1291,10 +1445,24 @@ def check_networks(then):
             )
 
 
+def same_folder(state):
+    """Whether a checkpoint's run has the same DATA_DIR as this one."""
+    return os.path.realpath(state["settings"]["DATA_DIR"]) == os.path.realpath(data_folder())
+
+
+def check_data(state, key):
+    """Raise UserError if a checkpoint's run has another DATA_DIR, with other images."""
+    if state.get("data") != key and not same_folder(state):
+        raise UserError(
+            f"{OUTPUT_DIR} holds a run on the images in {state['settings']['DATA_DIR']}, and "
+            f"{data_folder()} holds others; set DATA_DIR back, or choose another OUTPUT_DIR"
+        )
+
+
 class Run:
     """A training run: where it stands, what it has measured, and what it does at which step."""
 
-    saved = ("epoch", "step", "fixed_noise", "metrics", "quality")
+    saved = ("epoch", "step", "fixed_noise", "metrics", "quality", "older")
 
     def __init__(self, trainer, batches, data_key):
         self.trainer = trainer
@@ -1304,29 +1472,30 @@ class Run:
         self.step = 0  # steps done in the next one
         self.metrics = Table("metrics.csv", Row)
         self.quality = Table("quality.csv", Quality)
+        self.older = 0  # rows of it that come from other images than today's
+        self.better = None  # a `generator_state` that is to be written
         rng = torch.Generator().manual_seed(seed_for("samples"))
         # All samples are drawn from this noise.
         self.fixed_noise = torch.randn(64, LATENT_SIZE, 1, 1, generator=rng)
         rng.manual_seed(seed_for("reals"))
         self.reals = batches.reals(torch.randperm(len(batches.faces), generator=rng)[:64])
         self.save_timer = Timer()
-        self.line_timer = Timer()
         self.picture_timer = Timer(due_at_once=True)
         self.reports = 0
         self.shown = None  # where a notebook shows the samples
 
-    def announce(self):
-        """Say what the run uses: device, precision, images."""
+    def announce(self, left_out):
+        """Say what the run uses: device, precision, images. `left_out` comes after it."""
         device, count = self.trainer.device, len(self.batches.faces)
-        where = f"{device.type.upper()}, {plural(torch.get_num_threads(), 'thread')}"
+        where = device_name(device)
         if device.type == "cuda":
-            place = "in GPU memory" if self.batches.faces.is_cuda else "on disk"
-            where = f"{torch.cuda.get_device_name(device)}, images {place}"
+            where += f", images {'in GPU memory' if self.batches.faces.is_cuda else 'on disk'}"
         if WORLD_SIZE > 1:
             where += f" × {WORLD_SIZE} processes"
         dtype = str(self.trainer.dtype).removeprefix("torch.")
         steps = f"{plural(self.batches.steps, 'step')} per epoch"
-        say(f"{where}, {dtype}; {plural(count, 'image')}, {steps}, {plural(EPOCHS, 'epoch')}")
+        images, epochs = plural(count, "image"), plural(EPOCHS, "epoch")
+        say(f"{where}, {dtype}; {images}, {steps}, {epochs}{left_out}")
 
     def start(self, state):
         """Resume from a checkpoint's state, or draw samples of the untrained generator."""
@@ -1334,9 +1503,8 @@ class Run:
             self.resume(state)
         else:
             self.sample()
-        if RANK == 0:  # rows after the checkpoint will come again
-            self.metrics.write()
-            self.quality.write()
+        self.metrics.write()  # without the rows after the checkpoint, which will come again
+        self.quality.write()
 
     def resume(self, state):
         """Restore a checkpoint's state, and say what has changed since.
@@ -1345,12 +1513,20 @@ class Run:
         """
         then, now = state["settings"], setting_values()
         with damage_errors(f"the checkpoint in {OUTPUT_DIR} is damaged; move it away"):
-            changed = [name for name in now if then.get(name, now[name]) != now[name]]
+            compared = [name for name in now if name not in SETTING_GROUPS["places"]]
+            changed = [name for name in compared if then.get(name, now[name]) != now[name]]
             self.load_state_dict(state)
         if changed:
             changes = [f"{name} {then[name]} -> {now[name]}" for name in changed]
             say("changed since the checkpoint: " + ", ".join(changes))
-        if state.get("data") != self.data_key or set(changed) & set(ORDER_SETTINGS):
+        other_images = state.get("data") != self.data_key
+        if other_images:
+            self.older = len(self.quality.rows)
+            say(
+                f"{data_folder()} holds other images than at the checkpoint; the search for the "
+                "best epoch starts again"
+            )
+        if other_images or set(changed) & set(ORDER_SETTINGS):
             if self.step:
                 say(f"the order of the images has changed: epoch {self.epoch + 1} starts again")
             self.step = 0
@@ -1362,17 +1538,31 @@ class Run:
         say(f"resuming from {OUTPUT_DIR}: {at}")
 
     def train(self):
-        """Train to the last epoch or until a signal; then save, and raise KeyboardInterrupt."""
-        with caught_signals() as signals:
-            while self.epoch < EPOCHS:
-                if not self.train_epoch(signals):
-                    self.save_and_draw(now=True)
-                    at = f"step {self.step} of epoch {self.epoch + 1}"
-                    say(f"saved after {at}; run the same command again to resume")
-                    raise KeyboardInterrupt(*signals)
-                self.epoch += 1
-                self.step = 0
-                self.end_epoch()
+        """Train to the last epoch or until a signal; then save, and raise KeyboardInterrupt.
+
+        After an error, it saves as well, unless the networks are broken.
+        """
+        try:
+            with caught_signals() as signals:
+                while self.epoch < EPOCHS:
+                    if not self.train_epoch(signals):
+                        self.end_early(signals)
+                    self.epoch += 1
+                    self.step = 0
+                    self.end_epoch()
+        except RunError:  # a weight or a loss is not finite
+            raise
+        except Exception:
+            with suppress(Exception):
+                self.save()
+            raise
+
+    def end_early(self, signals):
+        """Save after a signal, and raise KeyboardInterrupt."""
+        self.save_and_draw(last=True)
+        at = f"step {self.step} of epoch {self.epoch + 1}"
+        say(f"saved after {at}; run the same command again to resume")
+        raise KeyboardInterrupt(*signals)
 
     def train_epoch(self, signals):
         """Do the remaining steps of an epoch. Returns False if a signal has come."""
@@ -1392,7 +1582,7 @@ class Run:
                     self.report(self.log(), bar)
                 if should_stop(signals, self.trainer.device, row_due):
                     return False
-                if not last and self.save_timer.due(60 * CHECKPOINT_MINUTES):
+                if not last and self.save_due(60 * CHECKPOINT_MINUTES):
                     self.save_and_draw()
         return True
 
@@ -1416,32 +1606,31 @@ class Run:
         return row
 
     def report(self, row, bar):
-        """Show a row: on the bar or, if there is none, once per minute in a line."""
+        """Show a row on the progress bar; after the second one, say how long the run will take."""
         with suppress(OSError):  # the terminal may be gone
-            bar.set_postfix_str(row.summary())
-        if bar.disable and self.line_timer.due(60):
-            say(f"epoch {row.epoch}/{EPOCHS}, step {row.step}/{bar.total}: {row.summary()}")
+            bar.set_postfix_str(row.summary(), refresh=False)
         self.reports += 1
         steps_left = (EPOCHS - self.epoch) * bar.total - row.step
         if self.reports == 2 and steps_left:  # the first row is slower: it has the warm-up in it
             minutes = math.ceil(steps_left * BATCH_SIZE / row.images_per_second / 60)
             duration = f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-            say(f"the run will take about {duration}; see {OUTPUT_DIR}/samples/latest.png")
+            say(f"the run will take about {duration}; see {output_path('samples/latest.png')}")
 
     def end_epoch(self):
         """After an epoch: samples, distance to real faces, checkpoint, pictures, advice."""
         fakes = self.sample()
         measured = self.measure()
         if measured and measured[0].best == self.epoch:
-            # Before the checkpoint: a run that is killed in between does this again.
-            save_generator(self.checked_state(), measured[0])
+            self.better = copy.deepcopy(generator_state(self.checked_state(), measured[0]))
         last = self.epoch == EPOCHS
         # On a fast GPU, saving after every epoch would take a twentieth of the time.
-        if last or self.save_timer.due(min(60, 60 * CHECKPOINT_MINUTES)):
-            self.save()
+        if last or self.save_due(min(60, 60 * CHECKPOINT_MINUTES)):
+            self.save(last)
+        else:
+            attempt("generator.pt", self.save_files)
         self.draw_pictures(fakes, now=last)
         # On a terminal, the progress bar shows the newest row of metrics.csv.
-        news = measured if sys.stderr.isatty() else [self.metrics.rows[-1], *measured]
+        news = measured if on_terminal() else [self.metrics.rows[-1], *measured]
         if news:
             summaries = ", ".join(row.summary() for row in news)
             say(f"epoch {self.epoch}/{EPOCHS}: {summaries}")
@@ -1459,10 +1648,11 @@ class Run:
         fakes = self.trainer.draw(self.fixed_noise)
         if RANK == 0:
             picture = grid(fakes)
-            with suppress(SystemFailure):  # on Windows a viewer can hold it
-                save_picture(picture, output_path("samples/latest.png"))
+            names = ["samples/latest.png"]
             if self.step == 0:
-                save_picture(picture, output_path(f"samples/epoch_{self.epoch:03d}.png"))
+                names.append(f"samples/epoch_{self.epoch:03d}.png")
+            for name in names:
+                attempt(name, save_picture, picture, output_path(name))
             self.shown = show(picture, self.shown)
         return fakes
 
@@ -1471,7 +1661,7 @@ class Run:
 
         Some short epochs are skipped, but never the first or the last one.
         """
-        rows, trainer = self.quality.rows, self.trainer
+        rows, trainer = self.quality.rows[self.older :], self.trainer
         measured = rows[-1].images if rows else -math.inf
         if RANK > 0 or (self.epoch < EPOCHS and trainer.images - measured < MEASURE_EVERY):
             return []
@@ -1485,19 +1675,39 @@ class Run:
         floor = rows[0].floor if rows else face_distance(others, reals)
         lowest = min((row.distance for row in rows), default=math.inf)
         best = self.epoch if distance <= lowest * (1 + TIE) else rows[-1].best
-        self.quality.append(Quality(self.epoch, trainer.images, distance, floor, best))
-        return rows[-1:]
+        row = Quality(self.epoch, trainer.images, distance, floor, best)
+        self.quality.append(row)
+        return [row]
 
-    def save(self):
-        """Write checkpoint.pt."""
-        if RANK == 0:
-            save_checkpoint(self.checked_state())
+    def save_due(self, seconds):
+        """Whether it is time to save: after so many seconds or, if saving has failed, soon."""
+        return self.save_timer.due(10 if "checkpoint.pt" in failing else seconds)
 
-    def save_and_draw(self, now=False):
+    def save(self, last=False):
+        """Write checkpoint.pt and, if it is better, generator.pt.
+
+        If that fails, it says so. Only if this is the `last` time, it then raises SystemFailure.
+        """
+        if RANK > 0:
+            return
+        state = self.checked_state()
+        if not attempt("checkpoint.pt", self.save_files, state) and last:
+            sleep(15)  # a network disk may come back
+            self.save_files(state)
+
+    def save_files(self, state=None):
+        """Write generator.pt, if there is a better one, and a checkpoint's `state`, if given."""
+        if self.better:
+            write_file(output_path("generator.pt"), lambda file: torch.save(self.better, file))
+            self.better = None
+        if state:
+            save_checkpoint(state)
+
+    def save_and_draw(self, last=False):
         """Within an epoch: save first; then draw the samples and, if they are due, pictures."""
-        self.save()
+        self.save(last)
         if RANK == 0:
-            self.draw_pictures(self.sample(), now)
+            self.draw_pictures(self.sample(), last)
 
     def draw_pictures(self, fakes, now=False):
         """losses.png, real_vs_fake.png and training.gif, once per two minutes, or `now`.
@@ -1508,10 +1718,11 @@ class Run:
         rows, steps = self.metrics.rows, self.batches.steps
         if RANK > 0 or not rows or not (now or self.picture_timer.due(120)):
             return
-        draw_losses(steps, rows, self.quality.rows)
-        draw_comparison(self.reals, fakes, self.epoch + self.step / steps)
-        draw_animation(self.epoch)
-        if now:
+        epochs = self.epoch + self.step / steps
+        drawn = attempt("losses.png", draw_losses, steps, rows, self.quality.rows)
+        attempt("real_vs_fake.png", draw_comparison, self.reals, fakes, epochs)
+        attempt("training.gif", draw_animation, self.epoch)
+        if now and drawn:
             with Image.open(output_path("losses.png")) as picture:
                 show(picture)
 
@@ -1528,7 +1739,8 @@ class Run:
         return state
 
     def state_dict(self):
-        state = {"settings": setting_values(), "data": self.data_key}
+        settings = setting_values() | {"DATA_DIR": str(data_folder())}
+        state = {"settings": settings, "data": self.data_key}
         return state | saved_values(self) | self.trainer.state_dict()
 
     def load_state_dict(self, state):
@@ -1538,10 +1750,12 @@ class Run:
 
 @contextmanager
 def caught_signals():
-    """A list that collects Ctrl-C, SIGTERM and SIGHUP within `with`; they do not end the program.
+    """A list that collects signals within `with`; they do not end the program.
 
     Only a second Ctrl-C raises KeyboardInterrupt at once.
     """
+    # What users, terminals and schedulers send. Windows has only some of them.
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
     received = []
 
     def receive(signum, frame):
@@ -1551,8 +1765,8 @@ def caught_signals():
 
     handlers = {}
     with suppress(ValueError):  # only the main thread can set handlers
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            signum = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in names:
+            signum = getattr(signal, name, None)
             if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
                 handlers[signum] = signal.signal(signum, receive)
     try:
@@ -1566,6 +1780,8 @@ def caught_signals():
 
 GENERATION_BATCH = 64  # always, so that an image does not depend on how many were asked for
 GRID_LIMIT = 1_024  # images
+STILLS = (".png", ".jpg", ".jpeg", ".webp")
+ANIMATIONS = (".gif", ".webp")
 
 
 class TrainedGenerator:
@@ -1576,7 +1792,7 @@ class TrainedGenerator:
 
     def __init__(self, checkpoint=None):
         check_settings()
-        path = checkpoint or find_checkpoint()
+        path = checked("checkpoint", checkpoint) if checkpoint else find_checkpoint()
         self.state = read_checkpoint(path)
         say(f"the generator of {path}, after epoch {self.state['epoch']}")
         self.device = pick_device()
@@ -1631,18 +1847,29 @@ def generate_images(num_images=16, seed=None, checkpoint=None, output=None, trun
     In a notebook, the grid is shown as well. On one device, the same seed gives the same images,
     and a larger `num_images` only adds some. If `seed` is None, a seed is chosen and printed.
     `checkpoint` is a checkpoint.pt or generator.pt, by default OUTPUT_DIR's. The grid shows the
-    first 1,024 and is saved to `output`, by default OUTPUT_DIR/generated.png. A `truncation` below
-    1 scales the noise down: faces are cleaner, but more alike. Raises UserError for a wrong number
-    or file.
+    first 1,024 and is saved to `output` (.png, .jpg or .webp), by default OUTPUT_DIR/generated.png.
+    A `truncation` below 1 scales the noise down: faces are cleaner, but more alike. Raises
+    UserError for a wrong number or file.
     """
+    path = picture_path("generated.png", output, STILLS)
     images = torch.stack(list(new_images(num_images, seed, checkpoint, truncation)))
     shown = images[:GRID_LIMIT]
     picture = grid(shown, math.ceil(math.sqrt(len(shown))))
-    path = output_path("generated.png", output)
     save_picture(picture, path)
     say(f"saved {path}")
     show(picture)
     return images
+
+
+def picture_path(name, chosen, extensions):
+    """The path `chosen` or OUTPUT_DIR/`name`. UserError if it has none of the extensions."""
+    check_settings()
+    path = output_path(name, chosen and checked("output", chosen))
+    if path.suffix.lower() not in extensions:
+        raise UserError(
+            f"output (--output) is {path}; its name must end in {', '.join(extensions)}"
+        )
+    return path
 
 
 def generate(
@@ -1658,9 +1885,12 @@ def generate(
     if not individual:
         generate_images(number, seed, checkpoint, output, truncation)
         return
-    images = new_images(number, seed, checkpoint, truncation)
-    folder = output_path("generated", output)
+    check_settings()
+    folder = output_path("generated", output and checked("output", output))
     with disk_errors(folder):
+        if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
+            raise UserError(f"{folder} is not empty; empty it, or choose another --output")
+        images = new_images(number, seed, checkpoint, truncation)
         make_folder(folder)
         for index, image in enumerate(images):
             grid(image).save(folder / f"{index:06d}.png")
@@ -1674,17 +1904,18 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None)
     noise lies close to a sphere, and two noise vectors are nearly orthogonal, so the angle between
     them is taken as 90°.
     """
+    path = picture_path("interpolation.gif", output, ANIMATIONS)
     number = checked("num_faces", num_faces)
     frames = checked("frames", frames)
     trained = TrainedGenerator(checkpoint)
     corners = torch.cat(list(trained.latents(number, seed)))[:number]
     angles = torch.arange(frames).mul(math.pi / 2 / frames).unsqueeze(1)
     pictures = []
-    for start, end in zip(corners, corners.roll(-1, 0)):
+    pairs = zip(corners, corners.roll(-1, 0))
+    for start, end in progress_bar(pairs, number, "drawing", " faces"):
         walk = F.normalize(angles.cos() * start + angles.sin() * end) * math.sqrt(len(start))
         pictures += [ImageOps.scale(grid(image), 2) for image in trained.draw(walk)]
-    path = output_path("interpolation.gif", output)
-    save_gif(pictures, path, 60)
+    save_animation(pictures, path, 60)
     say(f"saved {path}")
     return path
 
@@ -1696,10 +1927,11 @@ MOST_REALS = 50_000
 INCEPTION = "inception-v3-compat"  # torch-fidelity's name for the network that papers use
 
 
-def evaluate(num_images=50_000, checkpoint=None, seed=0):
-    """FID, KID, precision and recall of new faces against DATA_DIR's, as a dict.
+def evaluate(num_images=50_000, checkpoint=None, seed=0, data_dir=None):
+    """FID, KID, precision and recall of new faces against real ones, as a dict.
 
-    They are also printed, and appended to evaluation.csv. FID and KID are better when lower (Heusel
+    The real images are those in `data_dir`, by default those of the training run. The results are
+    also printed, and appended to evaluation.csv. FID and KID are better when lower (Heusel
     et al. 2017, Bińkowski et al. 2018), precision and recall when higher (Kynkäänniemi et al.
     2019). All come from torch-fidelity.
     """
@@ -1710,18 +1942,19 @@ def evaluate(num_images=50_000, checkpoint=None, seed=0):
         )
     need_module("torch_fidelity", "torch-fidelity")
     trained = TrainedGenerator(checkpoint)
-    faces, key = prepare_data(trained.state["settings"]["IMAGE_SIZE"])
+    settings = trained.state["settings"]
+    folder = Path(checked("data_dir", data_dir or settings["DATA_DIR"]))
+    found = prepare_data(folder, settings["IMAGE_SIZE"])
+    faces = found.load()
     if len(faces) < LEAST_IMAGES:
-        raise UserError(
-            f"DATA_DIR ({DATA_DIR}) holds {len(faces):,} images; FID needs {LEAST_IMAGES:,} or more"
-        )
+        raise UserError(f"{folder} holds {len(faces):,} images; FID needs {LEAST_IMAGES:,} or more")
     chosen = torch.linspace(0, len(faces) - 1, min(len(faces), MOST_REALS)).long()
     if min(number, len(chosen)) < 10_000:
         say("with fewer than 10,000 generated or real images, FID is too high; papers use 50,000")
     with progress_bar(None, number + len(chosen), "Inception", " images") as bar:
         fakes = ImageTensors(trained.images(number, seed), number, bar)
         reals = ImageTensors((faces[index] / 255 for index in chosen), len(chosen), bar)
-        result = distances(fakes, reals, f"{key[:16]}-{len(chosen)}", trained.device)
+        result = distances(fakes, reals, f"{found.cache.stem}-{len(chosen)}", trained.device)
     about = {
         "epoch": trained.state["epoch"],
         "generated": number,
@@ -1729,6 +1962,7 @@ def evaluate(num_images=50_000, checkpoint=None, seed=0):
         "size": faces.shape[-1],
         "crop": "centre square",
         "network": f"{INCEPTION} 2015-12-05",
+        "data": str(folder),
     }
     rounded = {name: f"{value:.5g}" for name, value in result.items()}
     say(", ".join(f"{name} {value}" for name, value in (rounded | about).items()))
@@ -1810,14 +2044,13 @@ def append_evaluation(columns):
 # ------------------------------------------------------------- where images come from: Kaggle, demo
 
 
-def prepare_data(image_size):
-    """`load_faces`; before that, download CelebA or draw the demo's faces if DATA_DIR is theirs."""
-    folder = Path(DATA_DIR).absolute()
-    if folder == Path(CELEBA_DIR).absolute():
-        download_celeba()
-    elif folder == Path(DEMO["DATA_DIR"]).absolute():
-        fill_folder(Path(DATA_DIR), draw_demo)
-    return load_faces(image_size)
+def prepare_data(folder, image_size):
+    """`find_faces`; before that, download CelebA or draw the demo's faces if `folder` is theirs."""
+    if folder == Path(DEMO["DATA_DIR"]).absolute():
+        fill_folder(folder, draw_demo)
+    elif KAGGLE_DATASET != CELEBA or folder == Path(CELEBA_DIR).absolute():
+        download_celeba(folder)
+    return find_faces(folder, image_size)
 
 
 def fill_folder(folder, put):
@@ -1826,26 +2059,24 @@ def fill_folder(folder, put):
     That is then renamed, so that the images appear all at once or not at all.
     """
 
+    def any_image():
+        with disk_errors(folder):
+            return next(list_images(folder, Counter()), None) if folder.is_dir() else None
+
     def fill_part():
         part = folder / ".part"  # on the same disk, wherever a link or a mount leads
         with disk_errors(folder):
             shutil.rmtree(part, ignore_errors=True)
             make_folder(part)
             put(part)
-            paths = list(part.iterdir())
-            with suppress(OSError):  # some disks keep no times
-                for path in paths:  # one time for all: a run can resume after a new download
-                    os.utime(path, (time(), FILL_TIME))
-            say(f"{plural(len(paths), 'image')} in {folder}")
             part.rename(folder / "images")
 
     lock = Path(f"{folder}.lock")
-    waiting = f"another process is filling {folder}; waiting for it"
-    build_once(lambda: next(list_images(folder), None), fill_part, lock, waiting)
+    build_once(any_image, fill_part, lock, f"another process is filling {folder}; waiting for it")
 
 
-FILL_TIME = 10**9  # the modification time of images, in seconds: the same after each download
-CELEBA_BYTES = 1_450_000_000  # the archive, and about as much again when it is unpacked
+# The size of an archive where it is known; its images take about as much again.
+ARCHIVE_BYTES = {CELEBA: 1_450_000_000}
 KAGGLE_SECONDS = 60  # a server that sends nothing for this long has failed
 # Kaggle's command line, in a process that ends when its parent does, because its stdin closes then.
 # It waits for servers without a limit, so it gets one. argv[0] must be "kaggle", or it assumes that
@@ -1862,6 +2093,11 @@ LOGIN_WANTED = "Authentication required|don't have access|40[13] Client Error"
 NO_NETWORK = "Connection|Timeout|Protocol"
 # What Kaggle's client says when it fails, and what we say then.
 KAGGLE_ERRORS = {
+    "SSLError|CERTIFICATE_VERIFY_FAILED": "the certificate of Kaggle's server is not valid here: a "
+    "company's proxy or a virus scanner may have put its own in place; set REQUESTS_CA_BUNDLE to "
+    "the file of that certificate, or use another network",
+    "ProxyError|Proxy Auth": "the proxy does not let us through to Kaggle; check HTTPS_PROXY, and "
+    "the name and password in it",
     LOGIN_WANTED: """Kaggle wants you to log in:
   - either create a token at https://www.kaggle.com/settings (API, Create New Token), and save it as
     ~/.kaggle/access_token, or set KAGGLE_API_TOKEN to it (an older kaggle.json goes to
@@ -1876,15 +2112,15 @@ KAGGLE_ERRORS = {
     "--demo, which needs no network",
 }
 # An error of the storage server, not of Kaggle's API, means that the signed URL has expired.
-DAMAGED = r"not unpacked.*|does not match expected size|4\d\d Client Error(?!.*/v1/)"
+EXPIRED = r"4\d\d Client Error(?!.*/v1/)"
+DAMAGED = rf"not unpacked.*|does not match expected size|{EXPIRED}"
 
 
-def download_celeba():
-    """Download KAGGLE_DATASET into DATA_DIR, unless images are there.
+def download_celeba(folder):
+    """Download KAGGLE_DATASET into `folder`, unless images are there.
 
     Raises SystemFailure if Kaggle, the network or the disk fails.
     """
-    folder = Path(DATA_DIR)
     downloads = Path(f"{folder}.download")
     fill_folder(folder, lambda part: fetch_celeba(downloads, part))
     shutil.rmtree(downloads, ignore_errors=True)
@@ -1902,11 +2138,16 @@ def fetch_celeba(downloads, folder):
     while True:
         make_folder(downloads)
         size = file_size(archive)
-        need_space(downloads, 2 * CELEBA_BYTES - size, "CelebA")
-        failure = run_kaggle(archive, anonymous) or unpack(archive, folder)
+        need_space(downloads, 2 * ARCHIVE_BYTES.get(KAGGLE_DATASET, 0) - size, "CelebA")
+        if KAGGLE_DATASET not in ARCHIVE_BYTES:
+            check_listing(archive, anonymous)
+        failed, said = run_kaggle(["download", "--quiet"], archive, anonymous)
+        failure = said if failed else unpack(archive, folder)
         if not failure:
             return
-        if found := re.search(DAMAGED, failure):
+        if re.search(f"{NO_NETWORK}|{EXPIRED}", failure) and file_size(archive) > size:
+            say("the connection to Kaggle was lost; asking for the rest")
+        elif found := re.search(DAMAGED, failure):
             # If a signed URL expires half-way, an error page ends up in the archive, and Kaggle's
             # client would take it for complete on every later run. So delete it.
             shutil.rmtree(downloads)
@@ -1915,12 +2156,22 @@ def fetch_celeba(downloads, folder):
                 raise SystemFailure(f"{what}; try again later")
             say(f"{what}; starting again")
             again = True
-        elif re.search(NO_NETWORK, failure) and file_size(archive) > size:
-            say("the connection to Kaggle was lost; asking for the rest")
         elif re.search(f"{LOGIN_WANTED}|Traceback", failure) and not anonymous:
             anonymous = True
         else:
             raise SystemFailure(kaggle_error(failure))
+
+
+# Extensions of files that are certainly no images.
+NO_IMAGES = set(".csv .tsv .json .txt .xml .xlsx .parquet .md .pdf .mp3 .wav .mp4 .ipynb".split())
+
+
+def check_listing(archive, anonymous):
+    """Raise SystemFailure if Kaggle lists the files of KAGGLE_DATASET, and none is an image."""
+    failed, said = run_kaggle(["files", "--csv", "--page-size", "200"], archive, anonymous)
+    kinds = set(re.findall(r"(\.?\w+),[0-9]+,", said.lower()))
+    if kinds and kinds <= NO_IMAGES and not failed and "Next Page Token" not in said:
+        raise SystemFailure(f"{KAGGLE_DATASET} has no images, only {', '.join(sorted(kinds))}")
 
 
 def kaggle_error(said):
@@ -1929,22 +2180,27 @@ def kaggle_error(said):
         if found := re.search(pattern, said):
             return found.expand(text)
     last_line = re.sub(r"(?=\S*\d)\S{20,}", "…", one_line(said.splitlines()[-1]))  # tokens
-    return f"Kaggle's client has failed ({last_line}); try pip install -r requirements.txt"
+    install = shell("-m", "pip", "install", "--upgrade", "kaggle", "six")
+    return f"Kaggle's client has failed ({last_line}); try {install}"
 
 
-def run_kaggle(archive, anonymous):
-    """Let Kaggle's client download `archive`. Returns "" or, if it fails, what it said.
+def run_kaggle(words, archive, anonymous):
+    """Run a command of Kaggle's client on KAGGLE_DATASET. Returns whether it failed; what it said.
 
     The progress bar shows how the archive grows.
     """
-    command = [sys.executable, "-c", KAGGLE_CHILD.replace("SECONDS", str(KAGGLE_SECONDS))]
-    command += ["datasets", "download", "--quiet", KAGGLE_DATASET, "-p", str(archive.parent)]
+    child = KAGGLE_CHILD.replace("SECONDS", str(KAGGLE_SECONDS))
+    # -P and cwd: what lies in the working directory is not for it.
+    command = [sys.executable, "-P", "-c", child, "datasets", *words, KAGGLE_DATASET]
+    if words[0] == "download":
+        command += ["-p", str(archive.parent)]
     environment = kaggle_environment(str(archive.parent.resolve()), anonymous)
     options = {"initial": file_size(archive), "unit_scale": True}
-    bar = progress_bar(None, CELEBA_BYTES, "downloading", "B", **options)
+    total = ARCHIVE_BYTES.get(KAGGLE_DATASET)
+    bar = progress_bar(None, total, "downloading", "B", **options)
     with tempfile.TemporaryFile() as log, bar:
         pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-        with subprocess.Popen(command, env=environment, **pipes) as child:
+        with subprocess.Popen(command, cwd=archive.parent, env=environment, **pipes) as child:
             try:
                 while child.poll() is None:
                     sleep(0.2)
@@ -1954,7 +2210,7 @@ def run_kaggle(archive, anonymous):
                 child.kill()
         log.seek(0)
         said = log.read().decode(errors="replace").strip()
-    return (said or f"exit status {child.returncode}") if child.returncode else ""
+    return child.returncode != 0, said or f"exit status {child.returncode}"
 
 
 def kaggle_environment(home, anonymous):
@@ -1976,25 +2232,27 @@ def file_size(path):
 
 
 def unpack(archive, folder):
-    """Unpack CelebA's images, and nothing else, into `folder`.
+    """Unpack the images of an archive, and nothing else, into `folder`.
 
-    Those are named by six digits and .jpg, whatever folder they are in. Returns "" or, if the
-    archive is damaged, why.
+    Returns "" or, if the archive is damaged, why.
     """
-    members = {}
     try:
         with damage_errors("not unpacked"), zipfile.ZipFile(archive) as source:
-            for member in source.infolist():
-                name = Path(member.filename).name
-                if re.fullmatch(r"[0-9]{6}\.jpg", name):
-                    members[name] = member
+            members = [
+                member
+                for member in source.infolist()
+                if not hidden(member.filename)
+                and (IMAGE_NAME.search(member.filename) or opens(source.open(member)))
+            ]
             if not members:
-                raise SystemFailure(f"{KAGGLE_DATASET} has no images named like 000001.jpg")
-            need_space(folder, sum(member.file_size for member in members.values()), "unpacking")
-            for name, member in progress_bar(members.items(), len(members), "unpacking", " images"):
-                data = source.read(member)
+                raise SystemFailure(
+                    f"{KAGGLE_DATASET} has no images; choose another KAGGLE_DATASET, or look into "
+                    f"the archive, which is {archive}"
+                )
+            need_space(folder, sum(member.file_size for member in members), "unpacking")
+            for member in progress_bar(members, len(members), "unpacking", " images"):
                 with disk_errors(folder):
-                    (folder / name).write_bytes(data)
+                    source.extract(member, folder)  # never outside of the folder
     except UserError as error:
         return str(error)
     return ""
@@ -2088,13 +2346,36 @@ def damage_errors(text):
 
 @contextmanager
 def disk_errors(path):
-    """Turn an OSError within `with` into a SystemFailure that names the file."""
+    """Turn an OSError within `with` into a SystemFailure that names the file and its setting."""
     try:
         yield
     except SystemFailure:
         raise
     except OSError as error:
-        raise SystemFailure(f"{error.strerror or error}: {error.filename or path}") from error
+        text = f"{error.strerror or error}: {error.filename or path}"
+        for name in ("OUTPUT_DIR", "CACHE_DIR", "DATA_DIR"):
+            if os.path.abspath(path).startswith(os.path.abspath(globals()[name])):
+                text += f"; check {name} ({globals()[name]})"
+        raise SystemFailure(text) from error
+
+
+failing: set[str] = set()  # what could not be written at its last turn
+
+
+def attempt(what, write, *arguments):
+    """Call `write`, which may fail without harm. Returns whether it has worked.
+
+    The first failure of `what` is said; a later one again only after a success.
+    """
+    try:
+        write(*arguments)
+    except Exception as error:
+        if what not in failing:
+            say(f"{what} cannot be written ({one_line(error)}); trying again later")
+        failing.add(what)
+        return False
+    failing.discard(what)
+    return True
 
 
 @contextmanager
@@ -2158,10 +2439,19 @@ def need_space(folder, size, what):
         )
 
 
-def need_module(name, install):
-    """Raise RunError if a module is missing; `install` is what pip has to install."""
-    if importlib.util.find_spec(name) is None:
-        raise RunError(f"the module {name} is missing: pip install {install}")
+def need_module(name, package):
+    """Import a module of a package, and return it. Raises RunError if that fails."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        install = shell("-m", "pip", "install", package)
+        raise RunError(f"{package} is missing or broken ({one_line(error)}): {install}") from error
+
+
+def shell(*words):
+    """A line for the shell that runs Python with these words, as this process was run."""
+    join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+    return join([sys.orig_argv[0], *map(str, words)])
 
 
 def readable(size):
@@ -2174,8 +2464,11 @@ def plural(count, noun):
     return f"{count:,} {noun}" + "s" * (count != 1)
 
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
 def locked(path, waiting=None):
-    """A context that holds the lock file `path`.
+    """A context that holds the lock file `path`, where the disk has locks.
 
     If another process holds it, it says `waiting` and waits or, without such a text, raises
     SystemFailure.
@@ -2183,8 +2476,15 @@ def locked(path, waiting=None):
     with disk_errors(path):
         make_folder(path.parent)
         lock = FileLock(path)
-        with suppress(Timeout):
+        try:
             return lock.acquire(timeout=0)
+        except Timeout:
+            pass
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+                raise
+            say(f"the disk of {path.parent} has no file locks; use it for one run at a time")
+            return nullcontext()
         if waiting is None:
             raise SystemFailure(
                 f"{path.parent} is in use by another run; wait for its end, or change OUTPUT_DIR"
@@ -2220,6 +2520,10 @@ def in_notebook():
     return "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel")
 
 
+def on_terminal():
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def show(picture, place=None):
     """In a notebook, show a PIL picture: in `place`, or in a new place, which is returned."""
     if in_notebook():
@@ -2231,27 +2535,41 @@ def show(picture, place=None):
     return place
 
 
+LINE_SECONDS = 60  # between two lines of a progress bar where there is no terminal
+
+
+class Lines:
+    """A text file that says each line that is written to it."""
+
+    def write(self, text):
+        if text.strip():
+            say(text.strip())
+
+
 def progress_bar(items, total, name, unit, **options):
-    """A tqdm bar, of the notebook style in a notebook; hidden where nobody would see it."""
-    with warnings.catch_warnings(action="ignore"):  # about missing ipywidgets
-        from tqdm import auto
-    hidden = RANK > 0 or not (sys.stderr.isatty() or in_notebook())
-    options |= {"disable": hidden, "dynamic_ncols": True}
-    return auto.tqdm(items, name, total, unit=unit, **options)
+    """A tqdm bar, of the notebook style in a notebook; without a terminal, a line now and then."""
+    if in_notebook() or on_terminal():
+        options |= {"disable": RANK > 0, "dynamic_ncols": True}
+        with warnings.catch_warnings(action="ignore"):  # about missing ipywidgets
+            from tqdm import auto
+        return auto.tqdm(items, name, total, unit=unit, **options)
+    options |= {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1, "leave": False}
+    return tqdm(items, name, total, unit=unit, file=Lines(), **options)
 
 
 def say(text):
     """Print a line, above any progress bar, on rank 0."""
     if RANK > 0:
         return
-    with suppress(OSError, ValueError):  # work continues when the terminal is gone
+    with suppress(OSError, ValueError, AttributeError):  # the terminal may be gone, or be None
         tqdm.write(text)
         sys.stdout.flush()
 
 
 def one_line(error):
     """An error, or other text, in one line that is not too long."""
-    return re.sub(r"\s+", " ", str(error))[:120] or type(error).__name__
+    text = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    return re.sub(r"\s+", " ", text)[:120] or type(error).__name__
 
 
 # -------------------------------------------------------------------------- ranges of the settings
@@ -2264,6 +2582,7 @@ SETTING_GROUPS = {
         "BATCH_SIZE": "images per step, over all processes; 2..65536",
         "MAX_IMAGES": "number of images to use, in the order of their names; 1..1000000000 or None",
         "WORKERS": "processes that decode images; 0..1024 or None",
+        "SKIP_BROKEN": "go on even if over a tenth of the images cannot be read; True, False",
     },
     "networks": {
         "LATENT_SIZE": "length of the noise vector of a face; 1..65536",
@@ -2287,14 +2606,14 @@ SETTING_GROUPS = {
         "CHECKPOINT_MINUTES": "minutes between checkpoints; 0.0..1000000.0",
     },
     "hardware": {
-        "DEVICE": "device for the networks; cpu, mps, xpu, cuda, cuda:N or None",
+        "DEVICE": "device for the networks; a device (cpu, cuda, cuda:1, mps, xpu) or None",
         "PRECISION": "floating-point type of the networks; float32, bfloat16, float16 or None",
     },
     "places": {
+        "KAGGLE_DATASET": "data set on kaggle.com; owner/name",
         "DATA_DIR": "folder of images, which may be in subfolders; a path",
         "CACHE_DIR": "folder for decoded images; a path",
         "OUTPUT_DIR": "folder of the run: samples, tables, checkpoints; a path",
-        "KAGGLE_DATASET": "data set on kaggle.com; owner/name",
     },
 }
 SETTINGS = {name: setting for group in SETTING_GROUPS.values() for name, setting in group.items()}
@@ -2307,6 +2626,7 @@ ARGUMENTS = {
     "seed": "seed of the noise: the same seed draws the same faces; 0..9223372036854775807",
     "checkpoint": "checkpoint.pt or generator.pt to draw from; a path",
     "output": "file or folder to write; a path",
+    "data_dir": "folder of the real images, by default that of the training run; a path",
 }
 COUNT = "0..1000000000000000"  # of epochs, steps or images
 
@@ -2328,7 +2648,7 @@ def checked(name, value):
     allowed = (SETTINGS | ARGUMENTS)[name].rpartition("; ")[2]
     try:
         return parse(value, allowed)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         given = one_line(repr(value))
         whole = " (whole numbers)" if re.match(r"\d+\.\.", allowed) else ""
         text = f"{name} ({flag(name)}) is {given}; it must be {allowed}{whole}"
@@ -2338,7 +2658,7 @@ def checked(name, value):
 def parse(value, allowed):
     """`value`, which may be text, as the type that `allowed` describes, as in the table above.
 
-    Raises ValueError, TypeError or OverflowError for all others.
+    Raises ValueError, TypeError, OverflowError or RuntimeError for all others.
     """
     rule = allowed.removesuffix(" or None")
     if rule != allowed and value in (None, "None", "none"):
@@ -2351,23 +2671,32 @@ def parse(value, allowed):
         if exact and kind(low) <= number <= kind(high):
             return number
         raise ValueError
+    if rule.startswith("a device"):
+        return str(torch.device(value))
     text = os.fspath(value) if rule == "a path" else str(value)
     patterns = {"a path": r"[^\0]+", "owner/name": r"[\w-]+/[\w-]+"}
-    pattern = patterns.get(rule) or rule.replace(", ", "|").replace("N", "[0-9]+")
     os.fsencode(text)  # raises ValueError if no file can have this name
-    if not re.fullmatch(pattern, text):
+    if not re.fullmatch(patterns.get(rule) or rule.replace(", ", "|"), text):
         raise ValueError
-    return int(text) if rule[0].isdigit() else text
+    if rule == "a path":
+        return str(Path(text).expanduser().absolute())
+    return {"True": True, "False": False}.get(text, int(text) if rule[0].isdigit() else text)
 
 
 def check_settings():
     """Check every setting before any work is done. Raises UserError."""
+    check_launcher()
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(
+            "dcgan.py: a worker process has imported your script again, and must not train; put "
+            'the lines that call dcgan below: if __name__ == "__main__":'
+        )
     for name in SETTINGS:
         globals()[name] = checked(name, globals()[name])
-    data, output = Path(DATA_DIR).resolve(), Path(OUTPUT_DIR).resolve()
+    data, output = data_folder().resolve(), Path(OUTPUT_DIR).resolve()
     if data in (output, *output.parents):
         raise UserError(
-            f"OUTPUT_DIR ({OUTPUT_DIR}) is inside DATA_DIR ({DATA_DIR}); move it, or samples would "
+            f"OUTPUT_DIR ({OUTPUT_DIR}) is inside DATA_DIR ({data}); move it, or samples would "
             "become training images"
         )
     if BATCH_SIZE % WORLD_SIZE:
@@ -2409,7 +2738,8 @@ COMMANDS = {
             "num_images": "",
             "MAX_IMAGES": "number of real images to compare with, in the order of their names",
             "WORKERS": "",
-            "DATA_DIR": "folder of the real images",
+            "SKIP_BROKEN": "",
+            "data_dir": "",
             "CACHE_DIR": "folder for decoded images and for Inception features of real ones",
         },
     ),
@@ -2420,17 +2750,19 @@ class Parser(argparse.ArgumentParser):
     """argparse's, but an error is a UserError of one line."""
 
     def error(self, message):
-        raise UserError(f"{one_line(message)}; see {self.prog} --help")
+        raise UserError(f"{one_line(message)}; add --help to see what is possible")
 
 
 def command_line():
     """The parser: flags for training, and the commands with flags of their own."""
-    about = __doc__.partition("\n\nThe method")[0]
+    about = (__doc__ or "").partition("\n\nThe method")[0]
     options = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     usage = "dcgan.py [command] [flags]"
     parser = Parser("dcgan.py", usage, about, **options)
     text = "a short run on cartoon faces that the script draws; takes minutes"
     parser.add_argument("--demo", action="store_true", help=text)
+    text = "print the versions of dcgan.py, PyTorch and Python, and the device"
+    parser.add_argument("--version", action="store_true", help=text)
     add_flags(parser, train, dict.fromkeys(SETTINGS, ""))
     words = parser.add_subparsers(
         title="commands, instead of training", metavar="command", prog="dcgan.py", dest="command"
@@ -2457,6 +2789,8 @@ def add_flags(parser, function, flags):
             shown = "" if default is None else f"; default {default}"
             text = f"{flags[name] or meaning} ({allowed}{shown})".replace("%", "%%")
             options = {"metavar": metavar, "default": argparse.SUPPRESS}
+            if allowed == "True, False":
+                options |= {"nargs": "?", "const": "True"}
             section.add_argument(flag(name), dest=name, help=text, **options)
 
 
@@ -2465,25 +2799,45 @@ def parse_words(words):
 
     Raises UserError for what is unknown, and for a setting that the command does not use.
     """
-    known = [flag(name) for name in (*SETTINGS, *ARGUMENTS, "demo", "individual", "help")]
+    known = [
+        flag(name) for name in (*SETTINGS, *ARGUMENTS, "demo", "version", "individual", "help")
+    ]
     for word in words:
         name = word.partition("=")[0]
         if name.startswith("--") and name not in known:  # argparse would call its value a command
             close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else "see dcgan.py --help"
+            hint = f"did you mean {close[0]}?" if close else "--help lists all of them"
             raise UserError(f"there is no flag {one_line(name)}; {hint}")
     given, unused = command_line().parse_known_args(words)
     options = vars(given)
-    demo, word = options.pop("demo"), options.pop("command")
+    demo, word, version = (options.pop(name) for name in ("demo", "command", "version"))
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
-    function, program = train, "dcgan.py"
+    function = print_version if version else train
     if word:
         function, _, flags = COMMANDS[word]
-        program = f"dcgan.py {word}"
         unused += [flag(name) for name in settings if name not in flags]
     if unused:
-        raise UserError(f"{one_line(unused[0])} has no effect here; see {program} --help")
+        raise UserError(f"{one_line(unused[0])} has no effect here; add --help to see what has")
     return function, options, DEMO | settings if demo else settings
+
+
+def print_version():
+    """What a report of a bug needs. The number of dcgan.py is what `git hash-object` says."""
+    text = Path(__file__).read_text(encoding="utf-8").encode()
+    number = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()[:10]
+    python = sys.version.split()[0]
+    where = f"{device_name(pick_device())}, {sys.platform}"
+    say(f"dcgan.py {number}, PyTorch {torch.__version__}, Python {python}; {where}")
+
+
+def open_streams():
+    """Let printing work without stdout or stderr, and in an encoding that lacks a character."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # what stands in for one may not be able to
+            stream.reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):
@@ -2493,6 +2847,7 @@ def main(argv=None):
     file can fix keep their traceback.
     """
     settings_before = setting_values()
+    open_streams()
     try:
         function, arguments, settings = parse_words(sys.argv[1:] if argv is None else argv)
         globals().update(settings)
@@ -2513,4 +2868,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Pasted into a cell of a notebook, it has no file, and the command line is the kernel's.
+    status = main(None if "__file__" in globals() or not in_notebook() else [])
+    if not in_notebook():
+        sys.exit(status)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -166,7 +167,7 @@ def table(title, rows):
 def setup():
     """(device, dtype, images) as dcgan.py's settings say."""
     device = dcgan.pick_device()
-    images, _ = dcgan.load_faces(dcgan.IMAGE_SIZE)
+    images = dcgan.find_faces(dcgan.data_folder(), dcgan.IMAGE_SIZE).load()
     return device, dcgan.pick_dtype(device), images
 
 
@@ -277,7 +278,7 @@ def decode(options):
     """Per core: seconds are the process's own, so that a busy machine does not count."""
     torch.set_num_threads(1)
     folder = Path(dcgan.DATA_DIR)
-    paths = [folder / name for name, *_ in sorted(dcgan.list_images(folder))[:500]]
+    paths = [folder / name for name, *_ in sorted(dcgan.list_images(folder, Counter()))[:500]]
     ways = {
         "dcgan.read_face": lambda path: dcgan.read_face(path, 64),
         "the usual transform": lambda path: USUAL_TRANSFORM(Image.open(path).convert("RGB")),
@@ -323,7 +324,7 @@ def scale(options):
             dcgan.DATA_DIR, dcgan.CACHE_DIR = f"{place}/faces", f"{place}/cache"
             make_empty(count)
             began = time.perf_counter()
-            images, _ = dcgan.load_faces(dcgan.IMAGE_SIZE)
+            images = dcgan.find_faces(dcgan.data_folder(), dcgan.IMAGE_SIZE).load()
             loaded, before = time.perf_counter() - began, anonymous_memory()
             batches, speeds = dcgan.Batches(images, device), []
             for epoch in range(12):  # the first ones still map pages in, which an epoch does once
@@ -350,7 +351,7 @@ def make_empty(count):
     folder.mkdir()
     for index in range(count):
         os.close(os.open(f"{folder}/{index:07d}.jpg", os.O_CREAT))
-    faces = dcgan.FaceFolder(folder, sorted(dcgan.list_images(folder)), size)
+    faces = dcgan.FaceFolder(folder, sorted(dcgan.list_images(folder, Counter())), size)
     faces.cache.parent.mkdir()
     with open(faces.cache, "wb") as file:
         faces.write_header(file, count)

@@ -152,6 +152,12 @@ def draw_faces(folder, number=40):
     return folder
 
 
+def load_faces(dcgan, size):
+    """(images as uint8 (N, 3, size, size), key) of the data set that the settings say."""
+    found = dcgan.find_faces(dcgan.data_folder(), size)
+    return found.load(), found.key
+
+
 def batch(number=0, size=TINY["IMAGE_SIZE"], device="cpu"):
     """(faces, flips, latents) as the training step takes them; the same for a `number`."""
     stream = torch.Generator().manual_seed(number)
@@ -192,6 +198,14 @@ def weights(tmp_path_factory):
     return home
 
 
+@pytest.fixture(autouse=True)
+def settings_as_before():
+    """What checks the settings also makes their paths absolute: not for the next test."""
+    before = dcgan.setting_values()
+    yield
+    vars(dcgan).update(before)
+
+
 @pytest.fixture
 def workplace(tmp_path, all_faces):
     """An empty folder with `faces` in it: 40 drawn faces (a link, not to be written to)."""
@@ -205,6 +219,4 @@ def tiny(monkeypatch, workplace):
     monkeypatch.chdir(workplace)
     for name, value in (TINY | {"DATA_DIR": "faces"}).items():
         monkeypatch.setattr(dcgan, name, value)
-    for name in dcgan.SETTINGS:  # what check_settings normalises is put back as well
-        monkeypatch.setattr(dcgan, name, getattr(dcgan, name))
     return dcgan

@@ -1,4 +1,4 @@
-"""Hand broken checkpoints, images, caches and settings to dcgan.py.
+"""Hand broken checkpoints, images, caches, folders and settings to dcgan.py.
 
     python tests/fuzz.py                              # some of each
     python tests/fuzz.py --checkpoints 5000 --seed 1
@@ -14,6 +14,8 @@ import copy
 import io
 import os
 import random
+import re
+import shutil
 import signal
 import struct
 import sys
@@ -25,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from conftest import TINY, dcgan, draw_faces
+from conftest import TINY, dcgan, draw_faces, load_faces
 from PIL import Image
 
 SECONDS = 20  # a case may take
@@ -165,17 +167,20 @@ class Fuzz:
         dcgan.Run.draw_pictures = lambda *_, **__: None
         self.defaults = dcgan.setting_values()
         assert self.ending(["--epochs", "2"]) == "accepted"
-        faces, self.key = dcgan.load_faces(SIZE)
+        faces, self.key = load_faces(dcgan, SIZE)
         self.faces = faces.clone()  # the file itself will be broken
         self.cache = next(Path("data/cache").glob("*.npy"))
         self.good_cache = self.cache.read_bytes()
         self.good = {path: path.read_bytes() for path in Path("output").glob("*.pt")}
         self.state = torch.load("output/checkpoint.pt", weights_only=True)
 
-    def ending(self, argv):
-        """How a command ends. An error has to be one line."""
+    def ending(self, argv, out=None):
+        """How a command ends. An error has to be one line. `out` is a file for what it says."""
         err = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace")
-        redirected = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err)
+        redirected = (
+            contextlib.redirect_stdout(out or io.StringIO()),
+            contextlib.redirect_stderr(err),
+        )
         # PyTorch warns of odd indices
         with redirected[0], redirected[1], warnings.catch_warnings(action="ignore"):
             try:
@@ -304,7 +309,7 @@ class Fuzz:
         self.cache.write_bytes(bad)
         before = self.cache.stat().st_ino
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            faces, key = dcgan.load_faces(SIZE)
+            faces, key = load_faces(dcgan, SIZE)
         assert key == self.key and faces.shape[1:] == (3, SIZE, SIZE) and len(faces) <= 40
         assert faces.dtype == torch.uint8
         if self.cache.stat().st_ino == before:
@@ -314,6 +319,76 @@ class Fuzz:
         assert torch.equal(faces, self.faces), "decoded again, and wrongly"
         assert self.cache.read_bytes() == self.good_cache, "another file than at first"
         return "refused"
+
+    # Folders
+
+    def folders(self, number):
+        """A mixture of files: each is used, left out or skipped, or a line says what is wrong."""
+        face = Image.open("faces/000000.jpg").resize((40, 40))
+        contents = []
+        for form in sorted(Image.SAVE):
+            with contextlib.suppress(Exception):  # some cannot write this, or not to memory
+                file = io.BytesIO()
+                face.save(file, form)
+                contents.append(file.getvalue())
+        for mode in ("1", "L", "P", "LA", "RGBA", "CMYK", "I;16", "I", "F"):
+            file = io.BytesIO()
+            odd = face.convert("I") if mode == "I;16" else face.convert(mode)
+            odd.convert(mode).save(file, "TIFF")
+            contents.append(file.getvalue())
+        contents += [b"", b"no image", b"\0" * 99, b"PK\3\4", b"GIF89a", b"%PDF-1.4", b"P6 9 9 255"]
+        contents += [self.rng.randbytes(500), b"<html>"]
+        for index in range(number):
+            shutil.rmtree("mixture", ignore_errors=True)
+            Path("mixture").mkdir()
+            used = [self.file(contents) for _ in range(self.rng.randint(1, 25))]
+            draw_faces(Path("mixture/some/more"), self.rng.choice((0, 0, 20, 30)))
+            what = f"case {index}: {[name for name, _ in used]}"
+            self.one("folder", what[:300], self.mixture, self.rng.random() < 0.7)
+
+    def file(self, contents):
+        """Put a file into the mixture: its name, and the number of its content."""
+        ends = [".jpg", ".PNG", ".jfif", ".txt", "", ".", ".heic", ".gif", ".j pg", ".tif", ".exr"]
+        ends += [".avif", ".webp", ".mp4", ".é", ".\ud800", ".jpg.part", ".svg", ".bmp", ".jpeg~"]
+        places = ["", "", "", "a/", "a/b/", ".git/", "__MACOSX/", "ж \n/", "x.jpg/"]
+        stems = ["x", "._x", ".x", "a b", "-", "%s", "'", "x" * 200, "\udcff", "ж"]
+        choice = self.rng.choice
+        path = Path(
+            "mixture", choice(places) + choice(stems) + str(self.rng.random()) + choice(ends)
+        )
+        number = self.rng.randrange(len(contents))
+        with contextlib.suppress(OSError, UnicodeError):  # names that the disk does not take
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kind = self.rng.random()
+            if kind < 0.02:
+                path.symlink_to("nowhere")
+            elif kind < 0.04:
+                path.symlink_to(Path("faces/000001.jpg").absolute())
+            elif kind < 0.06:
+                os.mkfifo(path)
+            else:
+                data = contents[number]
+                path.write_bytes(broken(data, self.rng) if kind < 0.3 else data)
+        return path.name, number
+
+    def mixture(self, skip_broken):
+        """Train one epoch on it. The numbers that are said have to add up to all files."""
+        shutil.rmtree("mixed", ignore_errors=True)
+        shutil.rmtree("data/cache", ignore_errors=True)
+        argv = ["--data-dir", "mixture", "--output-dir", "mixed", "--epochs", "1"]
+        argv += ["--batch-size", "2"] + ["--skip-broken"] * skip_broken
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            end = self.ending(argv, said)
+        files = sum(len(names) for _, _, names in os.walk("mixture"))
+        if found := re.search(
+            r"; ([\d,]+) images?, .*?(?:; left out: (.*))?$", said.getvalue(), re.M
+        ):
+            others = re.findall(r"(?:^|, )([\d,]+) ", found[2] or "")
+            total = sum(int(text.replace(",", "")) for text in (found[1], *others))
+            assert total == files, f"{total} of {files}: {found[0]}"
+        else:
+            assert end == "refused"
+        return end
 
     # Settings
 
@@ -354,7 +429,8 @@ class Fuzz:
 def main():
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    numbers = {"checkpoints": 500, "images": 500, "caches": 100, "settings": 200, "seed": 0}
+    numbers = {"checkpoints": 500, "images": 500, "caches": 100, "folders": 500}
+    numbers |= {"settings": 200, "seed": 0}
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="[%(default)s]")
     options = vars(parser.parse_args())

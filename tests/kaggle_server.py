@@ -13,6 +13,7 @@ import io
 import json
 import os
 import random
+import ssl
 import subprocess
 import sys
 import threading
@@ -58,17 +59,28 @@ class KaggleServer(http.server.ThreadingHTTPServer):
     stalls          numbers of bytes after which storage falls silent, and then cuts
     pages           bodies that storage sends instead of the archive, with status 200
     hang            seconds of silence before the next answer of the API
+
+    `listing`: names of the files that the API lists; None: it refuses. `storage`: the address to
+    which it sends for the archive. `secret`: a file with a key and a certificate, for TLS.
     """
 
     daemon_threads = True
 
-    def __init__(self, archive, needs_token=False, token="good-token", key="someone:good-key"):
+    def __init__(
+        self, archive, needs_token=False, token="good-token", key="someone:good-key", secret=None
+    ):
         super().__init__(("127.0.0.1", 0), Handler)
+        if secret:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(secret)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+        self.storage = None
         self.archive, self.needs_token = archive, needs_token
         self.good = (f"Bearer {token}", "Basic " + base64.b64encode(key.encode()).decode())
         self.etag = '"' + hashlib.sha256(archive).hexdigest()[:16] + '"'
         self.api_answers, self.storage_answers, self.hang = [], [], []
         self.cuts, self.stalls, self.pages = [], [], []
+        self.listing = None
         self.closing = threading.Event()
         self.requests = []  # (method, path, Authorization, Range)
         self.address = f"http://localhost:{self.server_port}"
@@ -124,6 +136,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.path.endswith("/IntrospectToken"):
             about = {"active": authorised, "username": "someone" if authorised else ""}
             self.answer(200, json.dumps(about).encode())
+        elif self.path.endswith("/ListDatasetFiles"):
+            files = [{"name": name, "totalBytes": 9} for name in server.listing or ()]
+            status = 404 if server.listing is None else 200
+            self.answer(status, json.dumps({"datasetFiles": files}).encode())
         elif self.path.endswith("/GetDatasetMetadata") and (authorised or not server.needs_token):
             self.answer(200, b'{"info": {"licenses": [{"name": "other"}]}}')
         elif server.api_answers:
@@ -132,7 +148,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif (server.needs_token or self.headers.get("Authorization")) and not authorised:
             self.answer(401, b'{"code": 401, "message": "Unauthenticated"}')
         else:
-            self.answer(302, b"", Location=f"{server.address}/storage/archive.zip")
+            address = server.storage or server.address
+            self.answer(302, b"", Location=f"{address}/storage/archive.zip")
 
     def do_GET(self):
         self.note()

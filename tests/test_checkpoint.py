@@ -164,13 +164,16 @@ def same(one, two):
 
 def assert_ended_alike(folder, reference, rows=12):
     """Whether a run has ended as another: networks, optimizers, metrics, samples."""
+    best = [checkpoint(place, "generator.pt") for place in (folder, reference)]
     states = [checkpoint(folder), checkpoint(reference)]
+    for state in [*states, *best]:  # what may differ: places, and how often is saved
+        for name in (*dcgan.SETTING_GROUPS["places"], "CHECKPOINT_MINUTES"):
+            state["settings"].pop(name, None)
     for state in states:
-        del state["settings"]["CHECKPOINT_MINUTES"]
         state["metrics"] = [row[:7] for row in state["metrics"]]
     for key in states[1]:
         assert same(states[0][key], states[1][key]), f"{key} differs"
-    assert same(checkpoint(folder, "generator.pt"), checkpoint(reference, "generator.pt"))
+    assert same(*best)
     assert metrics(folder) == metrics(reference) and len(metrics(folder)) == rows
     for path in (reference / "output/samples").iterdir():
         assert path.read_bytes() == (folder / "output/samples" / path.name).read_bytes()
@@ -190,6 +193,10 @@ def contents(folder):
 
 
 # -------------------------------------------------------------------------------- kills and signals
+
+# What users, terminals and schedulers send.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+SIGNALS += [signal.SIGXCPU]
 
 
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(forks, reference, workplace):
@@ -226,7 +233,7 @@ def test_a_kill_between_the_renames_of_a_save_is_survived(forks, reference, tmp_
     assert_ended_alike(folder, reference)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_saves_says_how_to_resume_and_loses_nothing(forks, reference, workplace, signum):
     forks.start(workplace)
     status, stdout, stderr = forks.interrupt(signum, workplace)
@@ -371,12 +378,30 @@ def test_a_full_disk_is_named_and_the_old_files_stay(small_disk, reference):
     assert contents(seen) == before and not list((seen / "output").glob("**/*.part"))
 
     (seen / "output/filler").unlink()
+    # A disk that is full for a while ends no run.
     forks.start(folder, LOG_EVERY=1, EPOCHS=10**5)
     until(lambda: len(metrics(seen)) > 6)
-    fill(seen)  # while it trains
-    status, _, stderr = forks.wait()
+    fill(seen)
+    said = folder / "stdout"
+    until(lambda: "checkpoint.pt cannot be written (No space left" in said.read_text())
+    old = (seen / "output/checkpoint.pt").stat().st_mtime_ns
+    (seen / "output/filler").unlink()
+
+    def saved_again():
+        for path in (seen / "output/samples").glob("epoch_*.png"):  # they would fill it, too
+            path.unlink()
+        return (seen / "output/checkpoint.pt").stat().st_mtime_ns > old
+
+    until(saved_again)
+    until(lambda: steps_of(metrics(seen)))
+    steps = [row[:2] for row in steps_of(metrics(seen))]
+    assert steps == sorted(set(steps)) and len(steps) > 6  # no row is missing or twice
+    fill(seen)  # and so it is at the end
+    forks.send(signal.SIGTERM)
+    status, stdout, stderr = forks.wait()
     assert status == 1
-    one_line(stderr, "No space left on device", "output/")
+    one_line(stderr, "No space left on device", "output/", "check OUTPUT_DIR")
+    assert stdout.count("metrics.csv cannot be written") <= 2
     for path in contents(seen):
         dcgan.read_checkpoint(path)
 
@@ -633,6 +658,10 @@ def test_another_order_of_the_images_restarts_a_half_done_epoch(forks, half_done
         (folder / "faces").unlink()
         shutil.copytree(real, folder / "faces")
         (folder / "faces/000007.jpg").unlink()
+        for path in contents(folder):  # as if it had been trained here
+            state = torch.load(path, weights_only=True)
+            state["settings"]["DATA_DIR"] = str(folder / "faces")
+            torch.save(state, path)
     else:
         changed = {change: {"BATCH_SIZE": 5, "SEED": 7, "MAX_IMAGES": 32}[change]}
     stdout = forks.succeed(folder, EPOCHS=epoch + 1, **changed)

@@ -68,6 +68,7 @@ def test_help_gives_meaning_default_and_range_of_every_setting(help_text):
         shown = "" if default is None else f"; default {default}"
         assert f"{meaning} ({allowed}{shown})" in entries[name]
         kind = "PATH" if name.endswith("_DIR") else "N" if allowed[0].isdigit() else "NAME"
+        kind = "[NAME]" if allowed == "True, False" else kind
         assert f"{dcgan.flag(name)} {kind} " in entries[name]
 
 
@@ -102,11 +103,12 @@ def test_help_of_a_command_has_its_own_flags_in_its_own_words(help_text):
 def test_each_constant_has_a_row_in_the_table_that_holds_its_default():
     section = SOURCE.partition("- settings\n")[2].partition("\n# -----")[0]
     constants = set(re.findall(r"^([A-Z]\w+) = ", section, re.MULTILINE))
-    assert constants - {"CELEBA_DIR", "WORLD_SIZE", "RANK"} == set(SETTINGS)
+    assert constants - {"CELEBA", "CELEBA_DIR", "WORLD_SIZE", "RANK"} == set(SETTINGS)
     assert set(dcgan.DEMO) <= set(SETTINGS)
     for name in SETTINGS:
         default = getattr(dcgan, name)
         checked = dcgan.checked(name, default)
+        default = os.path.abspath(default) if name.endswith("_DIR") else default
         assert checked == default and type(checked) is type(default)
         assert (default is None) == (name in OPTIONAL)
 
@@ -117,12 +119,15 @@ def test_every_flag_sets_its_constant_for_the_run_and_main_puts_it_back(workplac
     given |= {"KAGGLE_DATASET": "some/where", "EPOCHS": 1, "LOG_EVERY": 3, "SEED": 7}
     given |= {"LEARNING_RATE": 1e-3, "D_LEARNING_RATE": 2e-4, "BETA1": 0.4, "BETA2": 0.99}
     given |= {"WEIGHT_DECAY": 0.02, "REAL_LABEL": 0.9, "R1_GAMMA": 0.02, "AVERAGE_SHARE": 0.2}
-    given |= {"CHECKPOINT_MINUTES": 0.5}
+    given |= {"CHECKPOINT_MINUTES": 0.5, "SKIP_BROKEN": True}
     assert given.keys() == SETTINGS.keys()
     before = dcgan.setting_values()
     assert not [name for name in given.keys() - TINY.keys() if given[name] == before[name]]
     assert dcgan.main(flags(**given)) == 0
     assert dcgan.setting_values() == before
+    given |= {
+        name: str(workplace / given[name]) for name in ("DATA_DIR", "CACHE_DIR", "OUTPUT_DIR")
+    }
     assert torch.load("o/checkpoint.pt", weights_only=True)["settings"] == given
     assert dcgan.main(["--epochs", "0"]) == dcgan.main(["generate", "--output-dir", "nowhere"]) == 2
     assert dcgan.setting_values() == before
@@ -133,7 +138,7 @@ def test_flags_given_win_over_the_demos(workplace, monkeypatch):
     given = flags(DATA_DIR="faces", EPOCHS=1, MAX_IMAGES=8)
     assert dcgan.main([*given, "--demo"]) == 0
     settings = torch.load("output-demo/checkpoint.pt", weights_only=True)["settings"]
-    wanted = {"EPOCHS": 1, "G_FEATURES": 4, "DATA_DIR": "faces", "OUTPUT_DIR": "output-demo"}
+    wanted = {"EPOCHS": 1, "G_FEATURES": 4, "DATA_DIR": str(workplace / "faces")}
     assert wanted.items() <= settings.items()
     assert not os.path.exists("output") and not os.path.exists("data/demo")
     assert dcgan.main(["--demo", "--device", "cpu", "generate", "--num-images", "1"]) == 0
@@ -150,7 +155,11 @@ def test_flags_given_win_over_the_demos(workplace, monkeypatch):
         ("MAX_IMAGES", "None", None),
         ("D_LEARNING_RATE", None, None),
         ("DEVICE", "cuda:1", "cuda:1"),
-        ("DATA_DIR", dcgan.Path("a/b"), "a/b"),
+        ("DATA_DIR", dcgan.Path("a/b"), os.path.abspath("a/b")),
+        ("DATA_DIR", "~/faces", os.path.expanduser("~/faces")),
+        ("SKIP_BROKEN", "True", True),
+        ("SKIP_BROKEN", False, False),
+        ("DEVICE", "xpu", "xpu"),
         ("IMAGE_SIZE", "128", 128),
         ("PRECISION", "none", None),
     ],
@@ -178,7 +187,8 @@ def test_a_wrong_value_is_refused_as_flag_and_as_assignment(workplace, monkeypat
                 dcgan.train()
             with pytest.raises(ValueError, match=name):
                 dcgan.generate_images()
-    for value in (True, [1], *([] if name in OPTIONAL else [None])):
+    others = [] if name == "SKIP_BROKEN" else [True]
+    for value in (*others, [1], *([] if name in OPTIONAL else [None])):
         with monkeypatch.context() as patch:
             patch.setattr(dcgan, name, value)
             assert name in refused(capsys)
@@ -207,12 +217,12 @@ def test_a_wrong_value_written_into_the_file_is_refused(tmp_path, monkeypatch, c
         ("--epochs 8 --output_dir x", "--output_dir"),
         ("generate --num-image 8", "--num-image"),
         ("interpolate --num-frames 8", "--num-frames"),
-        ("--xyzzy", "no flag --xyzzy; see"),
+        ("--xyzzy", "no flag --xyzzy; --help"),
         ("generate --epochs 8", "--epochs"),
-        ("--seed 5 generate", "--seed has no effect here; see dcgan.py generate --help"),
+        ("--seed 5 generate", "--seed has no effect here; add --help to see what has"),
         (
             "--epochs=5 --output-dir x evaluate",
-            "--epochs has no effect here; see dcgan.py evaluate",
+            "--epochs has no effect here; add --help",
         ),
         ("--epochs", "--epochs"),
         ("trian", "trian"),

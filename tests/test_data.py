@@ -1,5 +1,6 @@
 """The data: what is found, how it is cut, what is skipped, the cache, and the batches."""
 
+import math
 import os
 import random
 import re
@@ -8,19 +9,23 @@ import signal
 import struct
 import time
 import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import draw_faces, flags, own_mounts, refused, run, start, succeed, until
+from conftest import draw_faces, flags, load_faces, own_mounts, refused, run, start, succeed, until
 from PIL import Image, ImageDraw, ImageOps
+
+import dcgan
 
 SIZE = 32  # pixels a side, as conftest's tiny settings say
 
 
 def names(dcgan, folder):
-    return sorted(name for name, *_ in dcgan.list_images(folder))
+    return sorted(name for name, *_ in dcgan.list_images(folder, Counter()))
 
 
 def plain(path, size):
@@ -63,13 +68,14 @@ def test_images_are_found_at_any_depth_and_hidden_ones_are_not(tiny, folder):
     wanted = ["0.jpg", "a/1.JPG", "a/b/c/2.png", "faces/3.jpeg", "faces/4.webp"]
     hidden = [".h.jpg", ".ipynb_checkpoints/1.jpg", "a/._1.jpg"]
     hidden += ["__MACOSX/._x.jpg", "__MACOSX/x.jpg", "a/__MACOSX/a/1.jpg"]
-    for name in [*wanted, *hidden, "notes.txt"]:
+    for name in [*wanted, *hidden]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(folder / name, "PNG")
+    (folder / "notes.txt").write_text("no image")
     (folder / "empty").mkdir()
     assert names(tiny, folder) == wanted
     tiny.BATCH_SIZE, tiny.DATA_DIR = 5, str(folder)
-    assert tiny.load_faces(SIZE)[0].shape == (5, 3, SIZE, SIZE)
+    assert load_faces(tiny, SIZE)[0].shape == (5, 3, SIZE, SIZE)
 
 
 def test_odd_file_names_and_links_are_read_and_each_folder_once(tiny, folder, all_faces):
@@ -86,7 +92,7 @@ def test_odd_file_names_and_links_are_read_and_each_folder_once(tiny, folder, al
     assert {os.fsencode(name) for name in found if os.sep not in name} == set(odd)
     assert len(found) == len(odd) + 40
     tiny.DATA_DIR = str(folder)
-    images = tiny.load_faces(SIZE)[0]
+    images = load_faces(tiny, SIZE)[0]
     not_unicode = sorted(found).index(os.fsdecode(odd[3]))
     assert torch.equal(images[not_unicode], tiny.read_face(all_faces / "000003.jpg", SIZE))
 
@@ -106,13 +112,13 @@ def test_five_thousand_files_in_a_folder_are_listed_quickly(tiny, folder):
 @pytest.mark.parametrize(
     "line, says",
     [
-        ("--data-dir images", "is not a folder with images"),
-        ("--data-dir missing", "is not a folder with images"),
+        ("--data-dir images", "holds no images"),
+        ("--data-dir missing", "holds no images"),
         ("--data-dir three", r"3 images, fewer than BATCH_SIZE \(8\)"),
         ("--max-images 7", r"7 images, fewer than BATCH_SIZE \(8\)"),
         ("--output-dir faces/output", "OUTPUT_DIR .* is inside DATA_DIR"),
         ("--output-dir faces", "OUTPUT_DIR .* is inside DATA_DIR"),
-        ("--data-dir images --output-dir faces/../images/o", "not a folder with images"),
+        ("--data-dir images --output-dir faces/../images/o", "holds no images"),
     ],
 )
 def test_a_folder_that_cannot_be_trained_on_ends_in_one_line(
@@ -171,10 +177,9 @@ def test_images_of_any_mode_become_rgb_of_the_same_colour_or_brightness(tiny, tm
     face = tiny.draw_face(random.Random(1))
     grey = ImageOps.grayscale(face)
     palette, cmyk = face.quantize(256), face.convert("CMYK")
-    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     colours = {"rgba.png": face.convert("RGBA"), "palette.png": palette, "palette.tif": palette}
     colours |= {"cmyk.jpg": cmyk, "cmyk.tif": cmyk, "rgb.webp": face, "rgb.bmp": face}
-    greys = {"grey.png": grey, "grey.jpg": grey, "16 bits.png": deep, "la.png": grey.convert("LA")}
+    greys = {"grey.png": grey, "grey.jpg": grey, "la.png": grey.convert("LA")}
     for original, images, most in ((face, colours, 6), (grey, greys, 4)):
         original.convert("RGB").save(tmp_path / "rgb.png")
         wanted = tiny.read_face(tmp_path / "rgb.png", SIZE)
@@ -183,6 +188,68 @@ def test_images_of_any_mode_become_rgb_of_the_same_colour_or_brightness(tiny, tm
             read = tiny.read_face(tmp_path / name, SIZE)
             assert difference(read, wanted) < most, name
             assert original is face or (torch.equal(read[0], read[1]) and read[1].equal(read[2]))
+
+
+def seen_through(tmp_path, image, name):
+    """The colour of a picture's centre as `read_face` sees it, from a file of this name."""
+    path = tmp_path / name
+    image.save(path)
+    return dcgan.read_face(path, SIZE)[:, SIZE // 2, SIZE // 2].tolist()
+
+
+def test_transparency_lies_on_white(tmp_path):
+    magenta, white = (255, 0, 255), [255, 255, 255]
+    hidden = Image.new("RGBA", (64, 64), (*magenta, 0))
+    palette = Image.new("P", (64, 64), 3)
+    palette.putpalette([0, 0, 0] * 3 + [*magenta])
+    palette.info["transparency"] = 3
+    grey = Image.new("LA", (64, 64), (0, 0))
+    key = Image.new("RGB", (64, 64), magenta)
+    key.info["transparency"] = magenta
+    for name, image in {"rgba.png": hidden, "rgba.webp": hidden, "la.png": grey}.items():
+        assert seen_through(tmp_path, image, name) == white, name
+    for name, image in {"palette.png": palette, "palette.gif": palette, "key.png": key}.items():
+        image.save(tmp_path / name, transparency=image.info["transparency"])
+        face = dcgan.read_face(tmp_path / name, SIZE)
+        assert face.min() == 255, name
+    half = Image.new("RGBA", (64, 64), (0, 0, 0, 128))
+    assert seen_through(tmp_path, half, "half.png") == pytest.approx([127] * 3, abs=1)
+
+
+def test_high_depths_are_scaled_by_their_own_range(tmp_path):
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)[None].repeat(64, 0)
+    images = {
+        "12 bits.png": Image.fromarray((ramp * 4095).astype(np.uint16)),
+        "16 bits.png": Image.fromarray((ramp * 65535).astype(np.uint16)),
+        "signed.tif": Image.fromarray((ramp * 2e6 - 1e6).astype(np.int32)),
+        "floats.tif": Image.fromarray(ramp / 1000),
+        "8 bits.png": Image.fromarray((ramp * 255).astype(np.uint8)),
+    }
+    faces = []
+    for name, image in images.items():
+        image.save(tmp_path / name)
+        faces.append(dcgan.read_face(tmp_path / name, SIZE).int())
+    for face, name in zip(faces, images):
+        assert (face - faces[-1]).abs().max() <= 2, name
+
+
+@pytest.mark.parametrize("value", [7, math.nan, math.inf])
+def test_what_cannot_be_shown_is_named_and_skipped(tiny, folder, value, capsys):
+    draw_faces(folder, 16)
+    values = np.full((40, 40), value, np.float32)
+    values[0, 0] = 7
+    Image.fromarray(values).save(folder / "odd.tif")
+    assert tiny.main(["--data-dir", str(folder), "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert f"skipped '{folder / 'odd.tif'}': " in said and "not finite" in said
+    assert "; 16 images, " in said and "left out: 1 broken" in said
+
+
+def test_a_large_photo_that_pillow_opens_is_an_image(tmp_path):
+    Image.new("RGB", (11_000, 9_000), (200, 100, 50)).save(tmp_path / "large.jpg")
+    assert Image.MAX_IMAGE_PIXELS < 11_000 * 9_000
+    face = dcgan.read_face(tmp_path / "large.jpg", SIZE).float().mean((1, 2))
+    assert face.tolist() == pytest.approx([200, 100, 50], abs=3)
 
 
 def test_images_of_any_shape_are_read(tiny, tmp_path):
@@ -226,13 +293,15 @@ def test_files_that_cannot_be_read_are_named_skipped_and_counted(tiny, folder, c
     for name, damage in DAMAGED.items():
         damage(folder / name)
     tiny.DATA_DIR = str(folder)
-    images, out = tiny.load_faces(SIZE)[0], capsys.readouterr().out
+    images, out = load_faces(tiny, SIZE)[0], capsys.readouterr().out
     assert len(images) == 55
     # The order is that of the rest.
     assert torch.equal(images[1], tiny.read_face(folder / "000002.jpg", SIZE))
     assert torch.equal(images[54], tiny.read_face(folder / "000055.jpg", SIZE))
     *lines, total = out.splitlines()
-    assert total == "skipped 5 of 60 images" and len(lines) == 5
+    listed = Path("output/broken_images.txt")
+    assert total == f"skipped 5 of 60 images, listed in {listed}" and len(lines) == 5
+    assert [f"skipped {line}" for line in listed.read_text().splitlines()] == lines
     for name in DAMAGED:
         assert any(line.startswith(f"skipped '{folder / name}': ") for line in lines), name
 
@@ -241,7 +310,7 @@ def test_a_pipe_among_the_images_is_named_and_skipped_and_not_waited_for(folder)
     draw_faces(folder, 20)
     os.mkfifo(folder / "x.jpg")
     said = succeed(*flags(DATA_DIR=folder, EPOCHS=1), cwd=folder.parent, timeout=120)
-    assert f"skipped '{folder / 'x.jpg'}': " in said and "skipped 1 of 21 images\n" in said
+    assert f"skipped '{folder / 'x.jpg'}': " in said and "skipped 1 of 21 images, " in said
 
 
 def test_more_than_one_damaged_image_in_ten_stops_the_run(tiny, folder, capsys):
@@ -249,7 +318,7 @@ def test_more_than_one_damaged_image_in_ten_stops_the_run(tiny, folder, capsys):
     for number in (3, 7):
         truncate(folder / f"{number:06d}.jpg")
     tiny.DATA_DIR = str(folder)
-    assert len(tiny.load_faces(SIZE)[0]) == 18
+    assert len(load_faces(tiny, SIZE)[0]) == 18
     before = caches(tiny)
     truncate(folder / "000011.jpg")
     assert "one in ten" in refused(capsys)
@@ -277,14 +346,14 @@ def all_read(dcgan, folder, size):
 def test_images_are_decoded_once_and_then_mapped(tiny, folder):
     draw_faces(folder, 10)
     tiny.DATA_DIR = str(folder)
-    images, key = tiny.load_faces(SIZE)
+    images, key = load_faces(tiny, SIZE)
     assert torch.equal(images, all_read(tiny, folder, SIZE))
     [path] = caches(tiny)
     assert np.array_equal(np.load(path), images.numpy())
     before, status = identity(path), (folder / "000003.jpg").stat()
     (folder / "000003.jpg").write_bytes(b"x" * status.st_size)  # whoever decoded now would stumble
     os.utime(folder / "000003.jpg", ns=(status.st_atime_ns, status.st_mtime_ns))
-    again, same_key = tiny.load_faces(SIZE)
+    again, same_key = load_faces(tiny, SIZE)
     assert torch.equal(images, again) and key == same_key
     assert caches(tiny) == [path] and identity(path) == before
 
@@ -296,7 +365,7 @@ def test_other_files_another_size_or_number_have_a_cache_of_their_own(tiny, fold
     keys, paths = [], []
 
     def decoded_again(count, size=SIZE):
-        images, key = tiny.load_faces(size)
+        images, key = load_faces(tiny, size)
         [path] = set(caches(tiny)) - set(paths)
         assert images.shape == (count, 3, size, size)
         assert torch.equal(images, all_read(tiny, folder, size))
@@ -318,31 +387,31 @@ def test_other_files_another_size_or_number_have_a_cache_of_their_own(tiny, fold
     decoded_again(9, 64)
     tiny.MAX_IMAGES = None
     before = [identity(path) for path in paths]
-    tiny.load_faces(SIZE)
+    load_faces(tiny, SIZE)
     assert caches(tiny) == sorted(paths) and [identity(path) for path in paths] == before
 
 
 def test_a_folder_has_one_cache_by_whatever_path_it_is_given(tiny, all_faces, monkeypatch):
-    tiny.load_faces(SIZE)
+    load_faces(tiny, SIZE)
     [path] = caches(tiny)
     before = identity(path)
     for data_dir in ("./faces/", "faces/../faces", all_faces):
         tiny.DATA_DIR = str(data_dir)
-        tiny.load_faces(SIZE)
+        load_faces(tiny, SIZE)
         assert caches(tiny) == [path] and identity(path) == before
 
 
 def test_the_same_files_in_two_folders_have_a_cache_each(tiny, folder, all_faces):
     shutil.copytree(all_faces, folder, dirs_exist_ok=True)  # with their times of change
-    key = tiny.load_faces(SIZE)[1]
+    key = load_faces(tiny, SIZE)[1]
     tiny.DATA_DIR = str(folder)
-    assert tiny.load_faces(SIZE)[1] == key
+    assert load_faces(tiny, SIZE)[1] == key
     assert len(caches(tiny)) == 2
 
 
 def test_a_damaged_cache_is_built_again_and_bytes_after_the_last_image_are_no_damage(tiny, capsys):
     """fuzz.py tries more: headers that are whole, and say what no cache is."""
-    images = tiny.load_faces(SIZE)[0].clone()
+    images = load_faces(tiny, SIZE)[0].clone()
     [path] = caches(tiny)
     good = path.read_bytes()
     magic = bytes([good[0] ^ 4]) + good[1:]
@@ -350,14 +419,14 @@ def test_a_damaged_cache_is_built_again_and_bytes_after_the_last_image_are_no_da
     for what, damaged in damages.items():
         path.write_bytes(damaged)
         capsys.readouterr()
-        assert torch.equal(tiny.load_faces(SIZE)[0], images), what
+        assert torch.equal(load_faces(tiny, SIZE)[0], images), what
         said = capsys.readouterr().out
         assert "is damaged (" in said and "decoding the images again" in said, what
         assert path.read_bytes() == good, what
 
     path.write_bytes(good + b"more")
     before = identity(path)
-    assert torch.equal(tiny.load_faces(SIZE)[0], images) and identity(path) == before
+    assert torch.equal(load_faces(tiny, SIZE)[0], images) and identity(path) == before
 
 
 READ_ONLY = """
@@ -368,7 +437,7 @@ if touch data/cache/x 2>/dev/null; then exit 99; fi
 
 
 def test_a_cache_in_a_folder_that_cannot_be_written_is_used(tiny, workplace):
-    tiny.load_faces(SIZE)
+    load_faces(tiny, SIZE)
     [path] = caches(tiny)
     before = identity(path)
     cache = workplace / "data/cache"
@@ -420,12 +489,12 @@ def test_the_number_of_workers_changes_nothing(tiny, folder, all_faces):
     (folder / "005.jpg").unlink()  # a link to the file that others use
     (folder / "005.jpg").write_bytes(data[:-3000])
     tiny.DATA_DIR = str(folder)
-    one = tiny.load_faces(SIZE)[0].clone()
+    one = load_faces(tiny, SIZE)[0].clone()
     [path] = caches(tiny)
     path.unlink()
     tiny.WORKERS = 2
     assert len(one) == 129
-    assert torch.equal(tiny.load_faces(SIZE)[0], one)
+    assert torch.equal(load_faces(tiny, SIZE)[0], one)
 
 
 def test_a_killed_decode_is_done_again_and_by_one_of_two_processes_only(tiny, folder):
@@ -459,7 +528,7 @@ import dcgan
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
     dcgan.DATA_DIR, dcgan.BATCH_SIZE, dcgan.WORKERS = "faces", 8, 1
-    dcgan.load_faces(32)
+    dcgan.find_faces(dcgan.data_folder(), 32).load()
 """
 
 
@@ -468,7 +537,7 @@ def test_workers_may_be_spawned_as_on_windows_and_macos(tiny, workplace):
     succeed(cwd=workplace, program=["spawn.py"])
     [path] = caches(tiny)
     made = identity(path)
-    images = tiny.load_faces(SIZE)[0]
+    images = load_faces(tiny, SIZE)[0]
     assert identity(path) == made
     assert torch.equal(images[7], tiny.read_face("faces/000007.jpg", SIZE))
 

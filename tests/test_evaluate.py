@@ -18,7 +18,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception_module
 from torch_fidelity.defaults import DEFAULTS
 
 METRICS = ["FID", "KID", "precision", "recall"]
-COLUMNS = ["epoch", "generated", "real", "size", "crop", "network", *METRICS]
+COLUMNS = ["epoch", "generated", "real", "size", "crop", "network", "data", *METRICS]
 CPU = torch.device("cpu")
 
 
@@ -129,7 +129,7 @@ def test_evaluations_are_printed_appended_and_returned(trained, few, capsys):
     assert zero == default, "the seed is not 0 unless another is given"
     assert one[:6] == default[:6] and one[6:8] != default[6:8]
 
-    found = dict(zip(METRICS, map(float, default[6:])))
+    found = dict(zip(METRICS, map(float, default[7:])))
     assert found["FID"] > 0
     assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
     assert list(returned) == METRICS and returned == pytest.approx(found, rel=1e-5)

@@ -5,10 +5,12 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY, draw_faces, flags, one_line, refused, succeed
+from PIL import Image
 from reading import checkpoint, everything, film, pixels
 
 import dcgan
@@ -206,10 +208,10 @@ MEMORY = """
 import os, resource
 import dcgan
 for number in ("64", "200", "1200"):
-    command = ["generate", "--individual", "--num-images", number, "--device", "cpu"]
-    assert dcgan.main(command) == 0
+    command = ["generate", "--individual", "--num-images", number, "--output", number]
+    assert dcgan.main([*command, "--device", "cpu"]) == 0
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print("MiB and files", memory, len(os.listdir("output/generated")))
+    print("MiB and files", memory, len(os.listdir(number)))
 """
 
 
@@ -223,6 +225,46 @@ def test_the_memory_of_individual_images_does_not_grow_with_their_number(drawer,
     assert [files for _, files in found] == ["64", "200", "1200"]
     # MiB; 1,000 images more would be 47 as floats.
     assert int(found[2][0]) - int(found[1][0]) < 20
+
+
+FORMATS = {"a.png": "PNG", "b.JPG": "JPEG", "c.jpeg": "JPEG", "d.webp": "WEBP"}
+
+
+def test_the_extension_of_an_output_decides_on_its_format(drawer):
+    images = drawer.generate_images(1, seed=1)
+    for name, form in FORMATS.items():
+        drawer.generate_images(1, seed=1, output=name)
+        with Image.open(name) as picture:
+            assert picture.format == form
+        assert (pixels(name).float() / 255).mean() == pytest.approx(images[0].mean(), abs=0.02)
+    command = ["interpolate", "--num-faces", "2", "--frames", "3", "--seed", "1"]
+    for name, form in {"w.gif": "GIF", "w.webp": "WEBP"}.items():
+        assert drawer.main([*command, "--output", name]) == 0
+        with Image.open(name) as picture:
+            assert (picture.format, picture.n_frames) == (form, 6)
+
+
+@pytest.mark.parametrize("name", ["faces", "faces.gif", "faces.bmp", "faces.jpg.txt", ".png"])
+def test_an_output_of_another_format_is_refused_before_anything_is_drawn(drawer, capsys, name):
+    before = everything()
+    line = refused(capsys, "generate", "--output", name)
+    assert name in line and ".png, .jpg, .jpeg, .webp" in line
+    if name.endswith(".gif"):
+        line = refused(capsys, "interpolate", "--output", "walk.png")
+    assert everything() == before
+
+
+def test_a_folder_of_single_images_holds_those_of_one_call_alone(drawer, capsys):
+    command = ["generate", "--individual", "--seed", "1", "--num-images"]
+    assert drawer.main([*command, "5"]) == 0
+    before = everything()
+    line = refused(capsys, *command, 3)
+    assert "output/generated is not empty" in line and "--output" in line
+    assert everything() == before
+    os.mkdir("hidden")
+    Path("hidden/.DS_Store").touch()  # does not count
+    assert drawer.main([*command, "3", "--output", "hidden"]) == 0
+    assert sorted(os.listdir("hidden")) == [".DS_Store"] + [f"{i:06d}.png" for i in range(3)]
 
 
 # -------------------------------------------------------------------------------------- interpolate
@@ -262,7 +304,7 @@ def test_the_walk_begins_at_the_faces_and_stays_where_noise_lies(drawer, monkeyp
 
 def test_a_film_has_the_frames_asked_for_and_its_path_is_returned(drawer):
     path = drawer.interpolate(num_faces=2, frames=5, seed=3, output="deep/er/walk.gif")
-    assert str(path) == "deep/er/walk.gif" and len(film(path)[0]) == 10
+    assert path == Path("deep/er/walk.gif").absolute() and len(film(path)[0]) == 10
     assert len(film(drawer.interpolate(2, 1, seed=3))[0]) == 2
     assert len(film(drawer.interpolate(seed=3))[0]) == 8 * 16
     first = path.read_bytes()

@@ -95,8 +95,14 @@ def test_a_containers_quota_counts(tmp_path, monkeypatch, quota, cores):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1, 2, 3}, raising=False)
     monkeypatch.setattr("sys.platform", "linux")
     (tmp_path / "cpu.max").write_text(quota)
-    assert dcgan.usable_cores(tmp_path / "cpu.max") == cores
+    assert dcgan.usable_cores(tmp_path) == cores
     assert dcgan.usable_cores(tmp_path / "missing") == 4
+    (tmp_path / "cpu.max").unlink()
+    (tmp_path / "cpu").mkdir()  # version 1 of cgroups
+    limit, _, period = (quota or "max").partition(" ")
+    (tmp_path / "cpu/cpu.cfs_quota_us").write_text(limit.replace("max", "-1") + "\n")
+    (tmp_path / "cpu/cpu.cfs_period_us").write_text(f"{period or 100_000}\n")
+    assert dcgan.usable_cores(tmp_path) == cores
 
 
 @pytest.mark.parametrize("most", [2**30, 2**25])

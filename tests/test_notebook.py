@@ -173,3 +173,47 @@ def test_the_cells_for_kaggle_train_on_the_data_set_that_was_added(all_faces, tm
     assert "40 images" in text(outputs) and len(shown(outputs)) == 3
     assert (tmp_path / "output/generated.png").exists()
     assert list((tmp_path / "cache").glob("*.npy")) and not (tmp_path / "data").exists()
+
+
+# ------------------------------------------------------------------- the file itself in a notebook
+
+
+@pytest.fixture
+def bare(all_faces, tmp_path):
+    """A notebook that does not import dcgan, in a folder that holds `faces`."""
+    (tmp_path / "faces").symlink_to(all_faces)
+    with opened(tmp_path) as notebook:
+        notebook.client.nb.cells.clear()
+        yield notebook
+
+
+def edited(**settings):
+    """dcgan.py with other constants."""
+    source = (ROOT / "dcgan.py").read_text(encoding="utf-8")
+    for name, value in settings.items():
+        source, count = re.subn(rf"^{name} = .*", f"{name} = {value!r}", source, flags=re.MULTILINE)
+        assert count == 1
+    return source
+
+
+def test_pasted_into_a_cell_it_trains_with_the_constants_of_the_cell(bare, tmp_path):
+    outputs = bare.add(edited(**TINY | {"DATA_DIR": "faces", "EPOCHS": 1}))
+    said = text(outputs)
+    assert "40 images" in said and "finished" in said and "SystemExit" not in str(outputs)
+    assert said.splitlines()[-1].endswith("to generate new faces: generate_images(num_images=16)")
+    (tmp_path / "output/generator.pt").stat()
+    assert len(shown(bare.add("generate_images(num_images=16);"))) == 1
+    again = bare.add("EPOCHS = 2\ntrain();")
+    assert "epoch 2, step 1" in text(again)
+
+
+def test_pasted_into_a_cell_a_wrong_constant_is_one_line(bare):
+    outputs = bare.add(edited(EPOCHS=0))
+    assert text(outputs, "stderr").count("\n") == 1 and "EPOCHS" in text(outputs, "stderr")
+
+
+def test_run_by_percent_run_it_takes_the_flags_given(bare, tmp_path):
+    (tmp_path / "dcgan.py").write_text(edited(**TINY | {"DATA_DIR": "faces"}), encoding="utf-8")
+    outputs = bare.add("%run dcgan.py --epochs 1 --output-dir here")
+    assert "finished" in text(outputs) and "SystemExit" not in str(outputs)
+    assert (tmp_path / "here/generator.pt").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import flags, start, until
+from conftest import flags, load_faces, start, until
 from PIL import Image
 from reading import checkpoint, film, metrics, pixels
 from torchvision.utils import make_grid
@@ -190,7 +190,7 @@ def test_both_are_told_and_a_healthy_epoch_is_met_with_silence():
 
 
 def test_diversity_is_1_for_the_same_images_and_0_for_copies(tiny):
-    faces = tiny.load_faces(32)[0].float() / 255
+    faces = load_faces(tiny, 32)[0].float() / 255
     assert tiny.diversity(faces) > 0.05
     assert tiny.diversity(faces[:1].repeat(40, 1, 1, 1)) < 1e-3
     assert tiny.diversity(faces[:2].repeat(20, 1, 1, 1)) < 0.9 * tiny.diversity(faces)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import dcgan, draw_faces, flags
+from conftest import dcgan, draw_faces, flags, load_faces
 from reading import table
 from torchvision.transforms.functional import gaussian_blur
 
@@ -116,7 +116,7 @@ def test_a_run_that_collapses_ends_with_its_best_faces_and_says_which(learned, c
     assert f"after epoch {kept['epoch']}\n" in capsys.readouterr().out
     best = dcgan.generate_images(64, seed=1)
     last = dcgan.generate_images(64, seed=1, checkpoint="output/checkpoint.pt")
-    reals = dcgan.downscale([dcgan.load_faces(32)[0][:64] / 255])
+    reals = dcgan.downscale([load_faces(dcgan, 32)[0][:64] / 255])
     assert 2 * dcgan.face_distance(best, reals) < dcgan.face_distance(last, reals)
 
 

@@ -28,7 +28,7 @@ def test_each_command_is_understood():
 
 
 def test_flags_and_constants_that_are_named_exist():
-    names = [*dcgan.SETTINGS, *dcgan.ARGUMENTS, "demo", "individual", "help"]
+    names = [*dcgan.SETTINGS, *dcgan.ARGUMENTS, "demo", "individual", "help", "version"]
     known = {dcgan.flag(name) for name in names}
     named = set(re.findall(r"`(--[a-z0-9-]+)", README)) - {"--nnodes", "--node-rank", "--signal"}
     assert len(named) > 5 and named <= known
@@ -51,7 +51,7 @@ def test_what_it_writes_is_what_a_run_leaves_in_its_folders():
     section = README.partition("## What it writes")[2].partition("\n## ")[0]
     named = set(re.findall(r"`([\w./]+\.\w+)`", section))
     left = RUN_FILES - {".lock", "samples/epoch_002.png"}
-    assert named == left | {"checkpoint.previous.pt"}
+    assert named == left | {"checkpoint.previous.pt", "broken_images.txt"}
     assert f"`{dcgan.CACHE_DIR}/`" in section
 
 

@@ -1,0 +1,311 @@
+"""Odd terminals, launchers, disks and versions: dcgan.py works there, or says in a line why not."""
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, TINY, flags, one_line, refused, run, start, succeed, until
+from reading import table
+
+QUICK = flags(DATA_DIR="faces", EPOCHS=1)
+
+# ------------------------------------------------------------------------- streams and encodings
+
+
+def redirected(workplace, redirections, **variables):
+    """The status of a run of the script in a shell, with these redirections."""
+    command = shlex.join([sys.executable, str(SCRIPT), *map(str, QUICK)])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {redirections}"],
+        cwd=workplace,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("redirections", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_run_without_streams_trains(tiny, workplace, redirections):
+    assert redirected(workplace, redirections).returncode == 0
+    tiny.read_checkpoint("output/checkpoint.pt")
+    assert len(table("output/metrics.csv")) > 1
+
+
+def test_an_encoding_without_a_character_loses_no_line(workplace):
+    os.rename(workplace / "faces", workplace / "Gesichter ж")
+    ascii_only = {"PYTHONIOENCODING": "ascii"}
+    said = succeed(*flags(DATA_DIR="no ж"), "--help", cwd=workplace, env=ascii_only)
+    assert "--data-dir" in said
+    done = run(*flags(DATA_DIR="no ж"), cwd=workplace, env=ascii_only)
+    assert done.returncode == 2
+    one_line(done.stderr, r"no \u0436")
+    where = flags(DATA_DIR="Gesichter ж", OUTPUT_DIR="Läufe", EPOCHS=1)
+    said = succeed(*where, cwd=workplace, env=ascii_only)
+    assert r"L\xe4ufe/samples" in said
+
+
+def test_optimised_python_trains_and_helps(workplace):
+    optimised = {"PYTHONOPTIMIZE": "2"}
+    assert "finished" in succeed(*QUICK, cwd=workplace, env=optimised)
+    assert "--data-dir" in succeed("--help", cwd=workplace, env=optimised)
+
+
+# ------------------------------------------------------------------------------ versions, imports
+
+
+@pytest.mark.parametrize("version", ["2.4.1", "1.13.0+cu117"])
+def test_an_older_pytorch_is_named_with_what_is_needed(tmp_path, version):
+    torch_folder = Path(torch.__file__).parent
+    # The real one, under another version.
+    code = f"""
+import runpy, sys, torch
+torch.__version__ = type(torch.__version__)({version!r})
+sys.argv = ["dcgan.py"]
+runpy.run_path({str(SCRIPT)!r}, run_name=sys.argv[0] and {{name}})
+"""
+    assert torch_folder.exists()
+    done = run(cwd=tmp_path, program=["-c", code.format(name="'__main__'")])
+    assert done.returncode == 1 and done.stdout == ""
+    one_line(done.stderr, "PyTorch 2.11 or newer is needed", version, "-m pip install")
+    done = run(cwd=tmp_path, program=["-c", code.format(name="'dcgan'")])
+    assert "ImportError: PyTorch 2.11 or newer is needed" in done.stderr
+
+
+def test_a_missing_package_is_named_with_what_installs_it(tmp_path):
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision/__init__.py").write_text("raise ImportError('no torchvision here')")
+    done = run(cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    one_line(done.stderr, "no torchvision here", "-m pip install -r requirements.txt")
+
+
+def test_the_version_is_what_a_report_of_a_bug_needs(workplace):
+    said = succeed("--version", cwd=workplace)
+    blob = subprocess.run(["git", "hash-object", SCRIPT], capture_output=True, text=True)
+    number = blob.stdout[:10] if blob.returncode == 0 else ""
+    python = ".".join(map(str, sys.version_info[:3]))
+    for words in (f"dcgan.py {number}", f"PyTorch {torch.__version__}", f"Python {python}"):
+        assert words in said
+    assert re.search("CPU|NVIDIA|MPS", said)
+
+
+# ----------------------------------------------------------------------------- printed commands
+
+
+def test_the_command_that_is_printed_at_the_end_runs_as_printed(workplace):
+    script = workplace / "my script.py"
+    shutil.copy(SCRIPT, script)
+    said = succeed(*QUICK, "--output-dir", "my run", cwd=workplace, program=[script])
+    line = said.splitlines()[-1].partition("to generate new faces: ")[2]
+    elsewhere = workplace / "elsewhere"
+    elsewhere.mkdir()
+    done = subprocess.run(["sh", "-c", f"{line} --device cpu"], cwd=elsewhere, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "my run/generated.png").exists()
+
+
+def test_home_is_understood_wherever_a_path_is_taken(tiny, workplace, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(workplace))
+    where = ["--data-dir=~/faces", "--output-dir=~/runs/a", "--cache-dir=~/c", "--epochs=1"]
+    assert tiny.main(where) == 0
+    assert (workplace / "runs/a/checkpoint.pt").exists() and list((workplace / "c").glob("*.npy"))
+    assert tiny.main(["generate", "--num-images=1", "--output-dir=~/runs/a"]) == 0
+    assert (workplace / "runs/a/generated.png").exists()
+    tiny.generate_images(1, checkpoint="~/runs/a/generator.pt", output="~/faces.png")
+    assert (workplace / "faces.png").exists()
+    command = "generate --individual --num-images 1 --checkpoint ~/runs/a/generator.pt"
+    assert tiny.main([*command.split(), "--output", "~/single"]) == 0
+    command = "interpolate --num-faces 2 --frames 2 --checkpoint ~/runs/a/generator.pt"
+    assert tiny.main([*command.split(), "--output", "~/walk.gif"]) == 0
+    assert {"single", "walk.gif"} <= set(os.listdir(workplace)) and "~" not in os.listdir()
+
+
+# ---------------------------------------------------------------------------------------- launchers
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        TORCHRUN,
+        TORCHRUN | {"MASTER_PORT": "many"},
+        TORCHRUN | {"MASTER_PORT": "29500", "RANK": "2"},
+        {"RANK": "-1"},
+        {"WORLD_SIZE": "two"},
+        {"LOCAL_RANK": "first"},
+        {"WORLD_SIZE": "0", "RANK": "0"},
+    ],
+    ids=lambda variables: " ".join(f"{name}={text}" for name, text in variables.items()),
+)
+def test_variables_of_a_launcher_that_do_not_fit_are_named(workplace, variables):
+    done = run(*QUICK, cwd=workplace, env=variables, timeout=60)
+    assert done.returncode == 2
+    given = [f"{name}={text}" for name, text in variables.items()]
+    one_line(done.stderr, "torchrun", "unset", *given)
+    assert not (workplace / "output").exists()
+
+
+def test_variables_of_a_launcher_for_one_process_are_no_obstacle(workplace):
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "", "MASTER_ADDR": "somewhere"}
+    assert "finished" in succeed(*QUICK, cwd=workplace, env=alone)
+
+
+def test_a_process_that_waits_for_others_says_for_whom(workplace):
+    lonely = TORCHRUN | {"MASTER_PORT": "29517", "PYTHONUNBUFFERED": "1"}
+    with open(workplace / "said", "w") as said:
+        process = start(*QUICK, cwd=workplace, env=lonely, stdout=said, stderr=said)
+        with process:
+            words = "process 0 of 0 to 1 is waiting for the others at 127.0.0.1:29517"
+            until(lambda: words in (workplace / "said").read_text(), process)
+            process.kill()
+
+
+# ---------------------------------------------------------------------------------- disks and locks
+
+NO_LOCKS = """
+import errno, fcntl, sys
+def flock(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+fcntl.flock = flock
+sys.path.insert(0, sys.argv.pop(1))
+import dcgan
+sys.exit(dcgan.main())
+"""
+
+
+def test_a_disk_without_file_locks_is_used_without(workplace):
+    done = run(ROOT, *QUICK, cwd=workplace, program=["-c", NO_LOCKS])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{workplace / 'output'} has no file locks" in done.stdout
+
+
+def test_what_is_only_to_be_looked_at_ends_no_run(tiny, workplace, capsys):
+    """A folder stands where each picture and table should be written."""
+    looked_at = ["losses.png", "real_vs_fake.png", "training.gif", "metrics.csv", "quality.csv"]
+    looked_at += ["samples/latest.png", "samples/epoch_001.png"]
+    for name in looked_at:
+        (workplace / "output" / name / "mine").mkdir(parents=True)
+    assert tiny.main(["--epochs", "2"]) == 0
+    said = capsys.readouterr().out
+    for name in looked_at:
+        assert said.count(f"{name} cannot be written (") == 1, name
+        assert (workplace / "output" / name / "mine").exists()
+    assert tiny.read_checkpoint("output/checkpoint.pt")["epoch"] == 2
+    assert tiny.read_checkpoint("output/generator.pt")
+    # At the next turn, all rows are written.
+    for name in looked_at:
+        shutil.rmtree(workplace / "output" / name)
+    assert tiny.main(["--epochs", "3"]) == 0
+    assert "cannot be written" not in capsys.readouterr().out
+    assert [row["epoch"] for row in table("output/quality.csv")] == ["1", "2", "3"]
+    assert [row["step"] for row in table("output/metrics.csv")] == ["2", "4", "5"] * 3
+
+
+def test_a_damaged_picture_of_an_earlier_epoch_ends_no_run(tiny, capsys):
+    assert tiny.main(["--epochs", "1"]) == 0
+    Path("output/samples/epoch_001.png").write_bytes(b"damaged")
+    assert tiny.main(["--epochs", "2"]) == 0
+    assert "training.gif cannot be written" in capsys.readouterr().out
+
+
+def test_an_error_in_the_loop_is_raised_after_saving(tiny, monkeypatch):
+    honest, steps = tiny.Trainer.advance, []
+
+    def advance(trainer, *batch):
+        if len(steps) == 7:
+            raise ZeroDivisionError("a bug")
+        steps.append(honest(trainer, *batch))
+
+    monkeypatch.setattr(tiny.Trainer, "advance", advance)
+    monkeypatch.setattr(tiny, "SEED", 5)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        tiny.train()
+    state = tiny.read_checkpoint("output/checkpoint.pt")
+    assert (state["epoch"], state["step"]) == (1, 2)
+
+
+def test_what_draws_is_loaded_before_the_first_step(tiny, workplace, capsys, monkeypatch):
+    broken = workplace / "modules/matplotlib"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('numpy has another ABI')")
+    done = run(*QUICK, cwd=workplace, env={"PYTHONPATH": str(broken.parent)})
+    assert done.returncode == 1
+    one_line(done.stderr, "matplotlib is missing or broken", "another ABI", "-m pip install")
+    assert not list((workplace / "output").glob("*.pt"))
+
+
+def test_a_path_that_cannot_be_written_is_named_with_its_setting(tiny, workplace, capsys):
+    (workplace / "file").touch()
+    line = refused(capsys, "--cache-dir", "file/cache", status=1)
+    assert "Not a directory" in line and f"check CACHE_DIR ({workplace / 'file/cache'})" in line
+    line = refused(capsys, "--output-dir", "file/output", status=1)
+    assert f"check OUTPUT_DIR ({workplace / 'file/output'})" in line
+
+
+def test_a_foreign_checkpoint_is_refused_in_whole_words(tiny, workplace, capsys):
+    torch.save({"weights": 1}, workplace / "foreign.pt")
+    line = refused(capsys, "generate", "--checkpoint", "foreign.pt")
+    assert f"{workplace / 'foreign.pt'} is not a checkpoint of dcgan.py" in line
+    assert "there is no 'settings'" in line
+
+
+# -------------------------------------------------------------------------------- progress in lines
+
+PATIENCE = """
+import sys
+import dcgan
+dcgan.LINE_SECONDS = 0.05
+sys.exit(dcgan.main())
+"""
+
+
+def test_without_a_terminal_long_work_says_how_far_it_is(workplace):
+    said = succeed(*flags(DATA_DIR="faces"), cwd=workplace, program=["-c", PATIENCE])
+    assert re.search(r"^epoch \d/2: +\d+%.* \d/5 .*<\d\d:\d\d.*loss_d", said, re.MULTILINE)
+    command = ["generate", "--num-images", 2_000, "--individual", "--device", "cpu"]
+    said = succeed(*command, cwd=workplace, program=["-c", PATIENCE])
+    lines = re.findall(r"^generating: +(\d+)%.* (\d+)/2000 .*<\d\d:\d\d", said, re.MULTILINE)
+    assert len(lines) > 1 and "\r" not in said
+    assert [int(count) for _, count in lines] == sorted(int(count) for _, count in lines)
+
+
+def test_short_work_without_a_terminal_says_no_such_line(workplace):
+    said = succeed(*flags(DATA_DIR="faces"), cwd=workplace)
+    assert "%" not in said and "<" not in said
+
+
+# ------------------------------------------------------------------------------------------- device
+
+
+def test_a_device_is_any_that_pytorch_knows_and_has(tiny, capsys):
+    assert TINY["DEVICE"] == "cpu"
+    for name in ("gpu", "cuda:99999999999", "cuda:-1", ""):
+        assert "it must be a device" in refused(capsys, "--device", name)
+    for name in ("xpu", "xpu:3", "meta", "cuda:7"):
+        assert f"DEVICE is {name}" in refused(capsys, "--device", name)
+    assert tiny.main(["--device", "cpu:0", "--epochs", "1"]) == 0
+
+
+def test_a_signal_of_a_scheduler_that_is_ignored_stays_ignored(tiny, monkeypatch):
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with tiny.caught_signals() as received:
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGUSR2)
+        assert received == [signal.SIGUSR2]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
