@@ -1384,6 +1384,7 @@ def animation_frame(path):
 # ---------------------------------------------------------------------------------------- training
 
 MEASURE_EVERY = 25_000  # images; one measurement takes as long as training on about 500
+RETRY_SECONDS = 15  # until a save that has failed is tried again: a network disk may come back
 TIE = 0.03  # distances this close count as equal: twice the variation between noise seeds
 NOT_FINITE = (
     "LEARNING_RATE may be too high, or float16 too coarse; lower LEARNING_RATE or set PRECISION to "
@@ -1681,7 +1682,7 @@ class Run:
 
     def save_due(self, seconds):
         """Whether it is time to save: after so many seconds or, if saving has failed, soon."""
-        return self.save_timer.due(10 if "checkpoint.pt" in failing else seconds)
+        return self.save_timer.due(RETRY_SECONDS if "checkpoint.pt" in failing else seconds)
 
     def save(self, last=False):
         """Write checkpoint.pt and, if it is better, generator.pt.
@@ -1692,7 +1693,7 @@ class Run:
             return
         state = self.checked_state()
         if not attempt("checkpoint.pt", self.save_files, state) and last:
-            sleep(15)  # a network disk may come back
+            sleep(RETRY_SECONDS)
             self.save_files(state)
 
     def save_files(self, state=None):

@@ -236,7 +236,9 @@ def test_the_extension_of_an_output_decides_on_its_format(drawer):
         drawer.generate_images(1, seed=1, output=name)
         with Image.open(name) as picture:
             assert picture.format == form
-        assert (pixels(name).float() / 255).mean() == pytest.approx(images[0].mean(), abs=0.02)
+        assert (pixels(name).float() / 255).mean() == pytest.approx(
+            images[0].mean().item(), abs=0.02
+        )
     command = ["interpolate", "--num-faces", "2", "--frames", "3", "--seed", "1"]
     for name, form in {"w.gif": "GIF", "w.webp": "WEBP"}.items():
         assert drawer.main([*command, "--output", name]) == 0
