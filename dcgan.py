@@ -13,7 +13,7 @@ In a notebook: import dcgan; dcgan.EPOCHS = 2; dcgan.train(); dcgan.generate_ima
 The method: Radford, Metz, Chintala, "Unsupervised Representation Learning with Deep Convolutional
 Generative Adversarial Networks", 2015, https://arxiv.org/abs/1511.06434.
 
-The sections of this file, in order (no two of them use names of each other):
+The sections of this file, in order (dependencies between two sections go one way only):
 
     settings                   the constants to edit
     networks                   generator and discriminator
@@ -62,7 +62,7 @@ import threading
 import warnings
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from operator import call
 from pathlib import Path
@@ -80,6 +80,7 @@ try:
     from PIL import Image, ImageDraw, ImageFilter, ImageOps
     from torch import nn
     from torch.optim.swa_utils import get_ema_multi_avg_fn, update_bn
+    from torch.utils.data import DataLoader, Dataset
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.functional import center_crop, pil_to_tensor, to_pil_image
     from torchvision.utils import make_grid
@@ -459,7 +460,7 @@ def pick_device():
         raise UserError(f"DEVICE is {device}, but there are {WORLD_SIZE} processes; set it to None")
     try:
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(
             f"DEVICE is {device}, which cannot be used here ({one_line(error)}); try --device cpu "
             "or, if each process sees one GPU, LOCAL_RANK=0"
@@ -639,7 +640,7 @@ def data_parallel(network, device):
     if device.type == "cuda":
         ids = [device.index]
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    with warnings.catch_warnings(action="ignore"):  # hides that an argument will be renamed
+    with quiet():  # hides that an argument will be renamed
         # Broadcast buffers would change the discriminator's statistics between its two calls.
         return nn.parallel.DistributedDataParallel(network, ids, broadcast_buffers=False)
 
@@ -671,7 +672,7 @@ def connect_processes(state, images, device):
     backend = "nccl" if device.type == "cuda" else "gloo"
     limit = timedelta(days=1)
     address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
-    text = f"process {RANK} of 0 to {WORLD_SIZE - 1} is waiting for the others at {address}"
+    text = f"process {RANK} is waiting for the other {WORLD_SIZE - 1} at {address}"
     waiting = threading.Timer(10, print, [text])
     waiting.daemon = True
     waiting.start()
@@ -728,13 +729,14 @@ IMAGE_NAME = re.compile("[.](jpe?g|png|bmp|ppm|pgm|tiff?|webp)$", re.IGNORECASE)
 def list_images(folder, others):
     """Yield (path, size, modification time) of each image below `folder`; paths are relative.
 
-    An image is what has an image's name or, with any other name, what Pillow opens. The rest is
+    A file is an image if its extension says so, or else if Pillow opens it. The rest is
     counted in `others`, a Counter, by extension. Links are followed, but no folder is listed
     twice. Raises OSError for a folder that cannot be listed.
     """
 
     def refuse(error):
-        raise error
+        if not hidden(os.path.relpath(error.filename, folder)):
+            raise error
 
     seen = set()
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
@@ -743,10 +745,9 @@ def list_images(folder, others):
             folders.clear()
             continue
         seen.add(real_place)
-        inner = os.path.relpath(place, folder)
         for name in files:
             path = os.path.join(place, name)
-            relative = os.path.normpath(os.path.join(inner, name))
+            relative = path.removeprefix(os.path.join(folder, ""))
             if hidden(relative):
                 others["hidden"] += 1
             # Opening a pipe would wait forever.
@@ -759,15 +760,19 @@ def list_images(folder, others):
 
 
 def hidden(path):
-    """Whether a relative path is, or is in, what macOS and others hide from their users."""
+    """Whether a name in this relative path begins with a dot or with __MACOSX."""
     return re.search(r"(^|[/\\])(\.(?!$)|__MACOSX)", path) is not None
 
 
+# Formats that Pillow recognises, but does not decode.
+NOT_SHOWN = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+
+
 def opens(file):
-    """Whether Pillow opens a file, given as a path or as an object."""
+    """Whether Pillow opens a file, given as a path or as an object, and can show it."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file):
-            return True
+        with quiet(), Image.open(file) as image:
+            return image.format not in NOT_SHOWN
     except Exception:  # it raises almost anything
         return False
 
@@ -777,18 +782,19 @@ def read_face(path, size):
 
     Raises Pillow's errors for damaged files and for decompression bombs.
     """
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+    with quiet(), Image.open(path) as image:
         image.draft(None, (size, size))  # libjpeg may decode at 1/2, 1/4 or 1/8, not smaller
-        ImageOps.exif_transpose(image, in_place=True)
+        with suppress(Exception):  # its EXIF data may be damaged
+            ImageOps.exif_transpose(image, in_place=True)
         image = as_shown(image)
     square = center_crop(image, min(image.size))
     return pil_to_tensor(square.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def as_shown(image):
-    """A PIL image in RGB, as a viewer shows it: transparency on white, high depths by their range.
+    """A PIL image in RGB, with transparency on white; 16 and 32 bits are stretched to their range.
 
-    Raises ValueError for high depths that have no range.
+    Raises ValueError if there is no range to stretch.
     """
     if image.mode[0] in "IF":  # 16 or 32 bits per pixel
         values = np.asarray(image, np.float32)
@@ -821,9 +827,12 @@ def find_faces(folder, image_size):
 
 
 def left_out(others):
-    """Text about the files in a folder that are not used, a Counter of their kinds."""
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common() if count)
-    return f"; left out: {kinds}" if kinds else ""
+    """Text for `others`, a Counter: how many files of each kind are not used."""
+    kinds = (+others).most_common()
+    rest = sum(count for _, count in kinds[9:])
+    kinds[9:] = [("others", rest)] if rest else []
+    text = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+    return f"; left out: {text}" if text else ""
 
 
 class FaceFolder(ImageFolder):
@@ -842,7 +851,7 @@ class FaceFolder(ImageFolder):
         about = f"{DECODER}, {image_size}"
         files = digest(f"{folder.resolve()} {images} {about}")
         self.cache = Path(CACHE_DIR) / f"faces-{files[:24]}-{image_size}.npy"
-        # Stands for the data set. Copies of the same images, in whatever folder, have the same.
+        # Copies of the same images have the same key, whatever their folder.
         same = [(os.path.basename(name), size) for name, size, _ in images]
         self.key = digest(f"{same} {about}")
 
@@ -876,7 +885,7 @@ class FaceFolder(ImageFolder):
             with damage_errors(f"{self.cache} is damaged"), disk_errors(self.cache):
                 if not self.cache.exists():
                     return None
-                with warnings.catch_warnings(action="ignore"):  # that the file is read-only
+                with quiet():  # that the file is read-only
                     faces = torch.from_numpy(np.lib.format.open_memmap(self.cache, mode="r"))
                 if faces.dtype != torch.uint8 or faces.shape[1:] != self.shape:
                     raise ValueError("it holds something else")
@@ -939,10 +948,10 @@ class FaceFolder(ImageFolder):
         options = {"num_workers": workers, "multiprocessing_context": method if workers else None}
         try:
             multiprocessing.get_context(method).Lock()  # if this fails, DataLoader leaves a mess
-            batches = iter(torch.utils.data.DataLoader(self, 64, collate_fn=list, **options))
+            batches = iter(DataLoader(self, 64, collate_fn=list, **options))
         except (OSError, ImportError) as error:  # the system has no processes or locks for them
             say(f"no worker processes here ({one_line(error)}); decoding without, more slowly")
-            batches = iter(torch.utils.data.DataLoader(self, 64, collate_fn=list))
+            batches = iter(DataLoader(self, 64, collate_fn=list))
         try:
             for batch in batches:
                 yield from batch
@@ -1149,7 +1158,7 @@ def read_checkpoint(path):
         with zipfile.ZipFile(path) as archive:
             if any(member.compress_type for member in archive.infolist()) or archive.testzip():
                 raise ValueError("a checksum is wrong")
-        with warnings.catch_warnings(action="ignore"):
+        with quiet():
             state = torch.load(path, map_location="cpu", weights_only=True)
     with damage_errors(f"{path} is not a checkpoint of dcgan.py"):
         rename_old_fields(state)
@@ -1171,7 +1180,8 @@ def rename_old_fields(state):
             state[name] = {"moments": adamw["state"], "scaler": scaler}
         state["metrics"] = state.pop("rows")
         state["totals"] = torch.tensor([*state["totals"], state.pop("interval")])
-    state.setdefault("older", 0)
+    if "older" not in state:
+        state |= {"older": 0, "data": None}  # its images had another kind of key
 
 
 def newest_checkpoint():
@@ -1306,6 +1316,7 @@ def load_matplotlib():
         del os.environ["MPLBACKEND"]  # programs started from Jupyter inherit one they do not have
     figure = need_module("matplotlib.figure", "matplotlib").Figure
     figure((1, 1)).savefig(io.BytesIO(), format="png")  # loads what is imported late
+    Image.init()  # as well
     return figure
 
 
@@ -1334,12 +1345,12 @@ def draw_losses(steps, rows, quality):
         draw_curve(upper, epochs, columns.loss_g, "C1", "generator")
         draw_curve(middle, epochs, columns.d_real, "C2", "D(x), of real images")
         draw_curve(middle, epochs, columns.d_fake, "C3", "D(G(z)), of fakes")
-        title = "healthy: both rise and fall; the generator's loss may rise slowly"
-        upper.set(title=title, ylabel="loss", ylim=(0, highest))
-        title = "healthy: apart, but away from 1 and 0 (there the discriminator has won)"
-        middle.set(title=title, ylabel='probability of "real"', ylim=(-0.02, 1.02))
-        title = "distance to real faces (grey line: real faces to other real faces)"
-        lower.set(title=title, ylabel="distance", xlabel="epoch", yscale="log")
+        upper.set_title("healthy: both rise and fall; the generator's loss may rise slowly")
+        upper.set(ylabel="loss", ylim=(0, highest))
+        middle.set_title("healthy: apart, but away from 1 and 0 (there the discriminator has won)")
+        middle.set(ylabel='probability of "real"', ylim=(-0.02, 1.02))
+        lower.set_title("distance to real faces (grey line: real faces to other real faces)")
+        lower.set(ylabel="distance", xlabel="epoch", yscale="log")
         if quality:
             measured = Quality(*zip(*quality))
             best = measured.epoch.index(measured.best[-1])
@@ -1399,6 +1410,7 @@ def train():
     SystemFailure for network and disk and, after saving, KeyboardInterrupt for a signal.
     """
     check_settings()
+    failing.clear()
     output, folder = Path(OUTPUT_DIR), data_folder()
     with locked(output / ".lock") if RANK == 0 else nullcontext():
         state = newest_checkpoint() if RANK == 0 else None
@@ -1453,10 +1465,10 @@ def same_folder(state):
 
 def check_data(state, key):
     """Raise UserError if a checkpoint's run has another DATA_DIR, with other images."""
-    if state.get("data") != key and not same_folder(state):
+    if state.get("data") not in (None, key) and not same_folder(state):
         raise UserError(
             f"{OUTPUT_DIR} holds a run on the images in {state['settings']['DATA_DIR']}, and "
-            f"{data_folder()} holds others; set DATA_DIR back, or choose another OUTPUT_DIR"
+            f"{data_folder()} holds different ones; set DATA_DIR back, or choose another OUTPUT_DIR"
         )
 
 
@@ -1520,7 +1532,7 @@ class Run:
         if changed:
             changes = [f"{name} {then[name]} -> {now[name]}" for name in changed]
             say("changed since the checkpoint: " + ", ".join(changes))
-        other_images = state.get("data") != self.data_key
+        other_images = state.get("data") not in (None, self.data_key)
         if other_images:
             self.older = len(self.quality.rows)
             say(
@@ -1548,14 +1560,24 @@ class Run:
                 while self.epoch < EPOCHS:
                     if not self.train_epoch(signals):
                         self.end_early(signals)
-                    self.epoch += 1
-                    self.step = 0
-                    self.end_epoch()
+                    self.finish_epoch()
         except RunError:  # a weight or a loss is not finite
             raise
         except Exception:
             with suppress(Exception):
                 self.save()
+            raise
+
+    def finish_epoch(self):
+        """`end_epoch`. If it fails, a run that resumes ends the epoch again."""
+        self.epoch += 1
+        self.step = 0
+        try:
+            self.end_epoch()
+        except Exception:
+            self.epoch -= 1
+            self.step = self.batches.steps
+            self.quality.rows = [row for row in self.quality.rows if row.epoch <= self.epoch]
             raise
 
     def end_early(self, signals):
@@ -1687,7 +1709,8 @@ class Run:
     def save(self, last=False):
         """Write checkpoint.pt and, if it is better, generator.pt.
 
-        If that fails, it says so. Only if this is the `last` time, it then raises SystemFailure.
+        If that fails, it says so. If this is the `last` time, it waits, tries once more, and then
+        raises SystemFailure.
         """
         if RANK > 0:
             return
@@ -1723,7 +1746,7 @@ class Run:
         drawn = attempt("losses.png", draw_losses, steps, rows, self.quality.rows)
         attempt("real_vs_fake.png", draw_comparison, self.reals, fakes, epochs)
         attempt("training.gif", draw_animation, self.epoch)
-        if now and drawn:
+        if now and drawn and in_notebook():
             with Image.open(output_path("losses.png")) as picture:
                 show(picture)
 
@@ -1764,17 +1787,12 @@ def caught_signals():
             raise KeyboardInterrupt(signum)
         received.append(signum)
 
-    handlers = {}
-    with suppress(ValueError):  # only the main thread can set handlers
-        for name in names:
-            signum = getattr(signal, name, None)
-            if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
-                handlers[signum] = signal.signal(signum, receive)
-    try:
+    with ExitStack() as restore:
+        with suppress(ValueError):  # only the main thread can set handlers
+            for signum in (getattr(signal, name, None) for name in names):
+                if signum and signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup sets it
+                    restore.callback(signal.signal, signum, signal.signal(signum, receive))
         yield received
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
 
 
 # ----------------------------------------------------------------------- using a trained generator
@@ -1878,12 +1896,12 @@ def generate(
 ):
     """The command: new faces in a grid or, if `individual`, in a file each."""
     number = checked("num_images", num_images)
-    if not individual and number > GRID_LIMIT:
-        raise UserError(
-            f"num_images (--num-images) is {number}, but a grid holds {GRID_LIMIT:,}; "
-            "add --individual for a file each"
-        )
     if not individual:
+        if number > GRID_LIMIT:
+            raise UserError(
+                f"num_images (--num-images) is {number}, but a grid holds {GRID_LIMIT:,}; "
+                "add --individual for a file each"
+            )
         generate_images(number, seed, checkpoint, output, truncation)
         return
     check_settings()
@@ -1971,7 +1989,7 @@ def evaluate(num_images=50_000, checkpoint=None, seed=0, data_dir=None):
     return result
 
 
-class ImageTensors(torch.utils.data.Dataset):
+class ImageTensors(Dataset):
     """Images in [0, 1] as torch-fidelity wants them: uint8 (3, H, W).
 
     They come from an iterator, so they can be read only once and in order.
@@ -2070,7 +2088,8 @@ def fill_folder(folder, put):
             shutil.rmtree(part, ignore_errors=True)
             make_folder(part)
             put(part)
-            part.rename(folder / "images")
+            taken = (folder / "images").exists()  # by something that is no image
+            part.rename(folder / ("more images" if taken else "images"))
 
     lock = Path(f"{folder}.lock")
     build_once(any_image, fill_part, lock, f"another process is filling {folder}; waiting for it")
@@ -2097,7 +2116,7 @@ KAGGLE_ERRORS = {
     "SSLError|CERTIFICATE_VERIFY_FAILED": "the certificate of Kaggle's server is not valid here: a "
     "company's proxy or a virus scanner may have put its own in place; set REQUESTS_CA_BUNDLE to "
     "the file of that certificate, or use another network",
-    "ProxyError|Proxy Auth": "the proxy does not let us through to Kaggle; check HTTPS_PROXY, and "
+    "ProxyError|Proxy Auth": "the proxy refuses the connection to Kaggle; check HTTPS_PROXY, and "
     "the name and password in it",
     LOGIN_WANTED: """Kaggle wants you to log in:
   - either create a token at https://www.kaggle.com/settings (API, Create New Token), and save it as
@@ -2191,7 +2210,7 @@ def run_kaggle(words, archive, anonymous):
     The progress bar shows how the archive grows.
     """
     child = KAGGLE_CHILD.replace("SECONDS", str(KAGGLE_SECONDS))
-    # -P and cwd: what lies in the working directory is not for it.
+    # -P: so that it imports nothing from the working directory.
     command = [sys.executable, "-P", "-c", child, "datasets", *words, KAGGLE_DATASET]
     if words[0] == "download":
         command += ["-p", str(archive.parent)]
@@ -2201,7 +2220,7 @@ def run_kaggle(words, archive, anonymous):
     bar = progress_bar(None, total, "downloading", "B", **options)
     with tempfile.TemporaryFile() as log, bar:
         pipes = {"stdin": subprocess.PIPE, "stdout": log, "stderr": log}
-        with subprocess.Popen(command, cwd=archive.parent, env=environment, **pipes) as child:
+        with subprocess.Popen(command, env=environment, **pipes) as child:
             try:
                 while child.poll() is None:
                     sleep(0.2)
@@ -2216,16 +2235,14 @@ def run_kaggle(words, archive, anonymous):
 
 def kaggle_environment(home, anonymous):
     """The environment for Kaggle's client; if `anonymous`, one in which it finds no credentials."""
-    environment = {name: value.strip() for name, value in os.environ.items()}  # newlines stop it
-    unwanted = "VERBOSE"  # would make it print the user's token
+    unwanted, moved = "VERBOSE", {}  # this one would make it print the user's token
     if anonymous:
         unwanted += "|XDG_CONFIG_HOME|KAGGLE_(?!API_ENVIRONMENT).*"
-        environment["PYTHONUSERBASE"] = site.getuserbase()  # stays where it is, but home moves
-        environment |= {"HOME": home, "USERPROFILE": home}
-    for name in os.environ:
-        if re.fullmatch(unwanted, name):
-            del environment[name]
-    return environment
+        moved = {"HOME": home, "USERPROFILE": home, "PYTHONUSERBASE": site.getuserbase()}
+    kept = {
+        key: text.strip() for key, text in os.environ.items() if not re.fullmatch(unwanted, key)
+    }
+    return kept | moved
 
 
 def file_size(path):
@@ -2360,13 +2377,13 @@ def disk_errors(path):
         raise SystemFailure(text) from error
 
 
-failing: set[str] = set()  # what could not be written at its last turn
+failing: set[str] = set()  # what could not be written the last time
 
 
 def attempt(what, write, *arguments):
-    """Call `write`, which may fail without harm. Returns whether it has worked.
+    """Call `write`, whose failure must not end the run. Returns whether it has worked.
 
-    The first failure of `what` is said; a later one again only after a success.
+    A failure is said only if the attempt at `what` before did not fail.
     """
     try:
         write(*arguments)
@@ -2536,11 +2553,15 @@ def show(picture, place=None):
     return place
 
 
+def quiet():
+    return warnings.catch_warnings(action="ignore")
+
+
 LINE_SECONDS = 60  # between two lines of a progress bar where there is no terminal
 
 
 class Lines:
-    """A text file that says each line that is written to it."""
+    """A text file whose lines are printed by `say`."""
 
     def write(self, text):
         if text.strip():
@@ -2551,11 +2572,12 @@ def progress_bar(items, total, name, unit, **options):
     """A tqdm bar, of the notebook style in a notebook; without a terminal, a line now and then."""
     if in_notebook() or on_terminal():
         options |= {"disable": RANK > 0, "dynamic_ncols": True}
-        with warnings.catch_warnings(action="ignore"):  # about missing ipywidgets
-            from tqdm import auto
-        return auto.tqdm(items, name, total, unit=unit, **options)
-    options |= {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "miniters": 1, "leave": False}
-    return tqdm(items, name, total, unit=unit, file=Lines(), **options)
+    else:
+        seconds = dict.fromkeys(("mininterval", "delay"), LINE_SECONDS)
+        options |= seconds | {"miniters": 1, "leave": False, "file": Lines()}
+    with quiet():  # about missing ipywidgets
+        from tqdm.auto import tqdm as bar
+    return bar(items, name, total, unit=unit, **options)
 
 
 def say(text):
@@ -2712,37 +2734,29 @@ def check_settings():
 
 # The flags of all commands that use a trained generator. Small letters are arguments of the
 # function, capitals are settings. An empty text stands for the meaning in the table of ranges.
-GENERATOR_FLAGS = {
-    "seed": "",
-    "checkpoint": "",
+GENERATOR_FLAGS = "seed checkpoint OUTPUT_DIR DEVICE PRECISION "
+# What some settings mean to these commands.
+MEANINGS = {
     "OUTPUT_DIR": "folder of the trained run",
-    "DEVICE": "",
-    "PRECISION": "",
+    "MAX_IMAGES": "number of real images to compare with, in the order of their names",
+    "CACHE_DIR": "folder for decoded images and for Inception features of real ones",
 }
 # For each command: the function that it calls, what it does, and its flags.
 COMMANDS = {
     "generate": (
         generate,
         "Generate new faces: one grid or, with --individual, one file per face.",
-        GENERATOR_FLAGS | {"num_images": "", "truncation": "", "output": ""},
+        GENERATOR_FLAGS + "num_images truncation output",
     ),
     "interpolate": (
         interpolate,
         "Make a looping animation that moves from face to face.",
-        GENERATOR_FLAGS | {"num_faces": "", "frames": "", "output": ""},
+        GENERATOR_FLAGS + "num_faces frames output",
     ),
     "evaluate": (
         evaluate,
         "Measure FID, KID, precision and recall of new faces, and append them to evaluation.csv.",
-        GENERATOR_FLAGS
-        | {
-            "num_images": "",
-            "MAX_IMAGES": "number of real images to compare with, in the order of their names",
-            "WORKERS": "",
-            "SKIP_BROKEN": "",
-            "data_dir": "",
-            "CACHE_DIR": "folder for decoded images and for Inception features of real ones",
-        },
+        GENERATOR_FLAGS + "num_images MAX_IMAGES WORKERS SKIP_BROKEN data_dir CACHE_DIR",
     ),
 }
 
@@ -2764,19 +2778,19 @@ def command_line():
     parser.add_argument("--demo", action="store_true", help=text)
     text = "print the versions of dcgan.py, PyTorch and Python, and the device"
     parser.add_argument("--version", action="store_true", help=text)
-    add_flags(parser, train, dict.fromkeys(SETTINGS, ""))
+    add_flags(parser, train, SETTINGS, {})
     words = parser.add_subparsers(
         title="commands, instead of training", metavar="command", prog="dcgan.py", dest="command"
     )
     for word, (function, about, flags) in COMMANDS.items():
         inner = words.add_parser(word, help=about, description=about, **options)
-        add_flags(inner, function, flags)
+        add_flags(inner, function, flags.split(), MEANINGS)
     text = "one PNG file per face instead of a grid"
     words.choices["generate"].add_argument("--individual", action="store_true", help=text)
     return parser
 
 
-def add_flags(parser, function, flags):
+def add_flags(parser, function, flags, meanings):
     """Add `flags` of a command that calls `function`, in groups, with ranges and defaults."""
     parameters = inspect.signature(function).parameters
     for title, group in ({"arguments": ARGUMENTS} | SETTING_GROUPS).items():
@@ -2788,7 +2802,7 @@ def add_flags(parser, function, flags):
             metavar = "PATH" if allowed == "a path" else "N" if allowed[0].isdigit() else "NAME"
             default = parameters[name].default if name in parameters else globals()[name]
             shown = "" if default is None else f"; default {default}"
-            text = f"{flags[name] or meaning} ({allowed}{shown})".replace("%", "%%")
+            text = f"{meanings.get(name, meaning)} ({allowed}{shown})".replace("%", "%%")
             options = {"metavar": metavar, "default": argparse.SUPPRESS}
             if allowed == "True, False":
                 options |= {"nargs": "?", "const": "True"}
@@ -2813,17 +2827,20 @@ def parse_words(words):
     options = vars(given)
     demo, word, version = (options.pop(name) for name in ("demo", "command", "version"))
     settings = {name: options.pop(name) for name in SETTINGS if name in options}
-    function = print_version if version else train
+    if version:
+        return print_version, {}, settings
+    function = train
     if word:
         function, _, flags = COMMANDS[word]
-        unused += [flag(name) for name in settings if name not in flags]
+        unused += [flag(name) for name in settings if name not in flags.split()]
     if unused:
         raise UserError(f"{one_line(unused[0])} has no effect here; add --help to see what has")
     return function, options, DEMO | settings if demo else settings
 
 
 def print_version():
-    """What a report of a bug needs. The number of dcgan.py is what `git hash-object` says."""
+    """Print what a bug report needs. The number of dcgan.py is what `git hash-object` says."""
+    check_settings()
     text = Path(__file__).read_text(encoding="utf-8").encode()
     number = hashlib.sha1(b"blob %d\0" % len(text) + text).hexdigest()[:10]
     python = sys.version.split()[0]
@@ -2836,9 +2853,8 @@ def open_streams():
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-    for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, AttributeError):  # what stands in for one may not be able to
-            stream.reconfigure(errors="backslashreplace")
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def main(argv=None):

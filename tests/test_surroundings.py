@@ -187,7 +187,7 @@ def test_a_process_that_waits_for_others_says_for_whom(workplace):
     with open(workplace / "said", "w") as said:
         process = start(*QUICK, cwd=workplace, env=lonely, stdout=said, stderr=said)
         with process:
-            words = "process 0 of 0 to 1 is waiting for the others at 127.0.0.1:29517"
+            words = "process 0 is waiting for the other 1 at 127.0.0.1:29517"
             until(lambda: words in (workplace / "said").read_text(), process)
             process.kill()
 
@@ -254,6 +254,19 @@ def test_an_error_in_the_loop_is_raised_after_saving(tiny, monkeypatch):
         tiny.train()
     state = tiny.read_checkpoint("output/checkpoint.pt")
     assert (state["epoch"], state["step"]) == (1, 2)
+
+
+def test_an_error_at_the_end_of_an_epoch_lets_the_next_run_end_it_again(tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.Run, "measure", lambda run: [][0])
+        with pytest.raises(IndexError):
+            tiny.train()
+    state = tiny.read_checkpoint("output/checkpoint.pt")
+    assert (state["epoch"], state["step"]) == (0, 5)
+    monkeypatch.setattr(tiny, "EPOCHS", 1)
+    tiny.train()
+    assert tiny.read_checkpoint("output/generator.pt")["epoch"] == 1
+    assert [row["epoch"] for row in table("output/quality.csv")] == ["1"]
 
 
 def test_what_draws_is_loaded_before_the_first_step(tiny, workplace, capsys, monkeypatch):
