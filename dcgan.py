@@ -378,12 +378,6 @@ class Trainer:
         self.discriminator_optimizer.abandon_step()
         self.discriminator.train().requires_grad_(True)
 
-    def state_dict(self):
-        return saved_values(self)
-
-    def load_state_dict(self, state):
-        restore_values(self, state)
-
 
 def refresh_batchnorm(generator):
     """Compute BatchNorm's statistics from the weights, on 16 batches of noise with a fixed seed.
@@ -919,7 +913,7 @@ class FaceFolder(ImageFolder):
         """List the broken images in a file. Raises UserError if they are too many."""
         path = output_path("broken_images.txt")
         lines = "\n".join([*broken, ""]).encode(errors="backslashreplace")
-        write_file(path, lambda file: file.write(lines))
+        attempt(path.name, write_file, path, lambda file: file.write(lines))
         text = f"skipped {len(broken):,} of {plural(len(self), 'image')}, listed in {path}"
         share = len(broken) / len(self)
         if share == 1 or (share > 0.1 and not SKIP_BROKEN):
@@ -1440,11 +1434,15 @@ def train():
         run.train()
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
-    how = "generate_images(num_images=16)"
-    if __name__ == "__main__" and not in_notebook():
-        how = shell(sys.argv[0], "generate", "--output-dir", OUTPUT_DIR)
-    say(f"finished; samples are in {output / 'samples'}; to generate new faces: {how}")
+    say(f"finished; samples are in {output / 'samples'}; to generate new faces: {drawing_call()}")
     return output / "generator.pt"
+
+
+def drawing_call():
+    """What draws new faces: a command or, in a notebook or another program, a call."""
+    if __name__ == "__main__" and not in_notebook():
+        return shell(sys.argv[0], "generate", "--output-dir", OUTPUT_DIR)
+    return "generate_images(num_images=16)"
 
 
 def check_networks(then):
@@ -1528,7 +1526,8 @@ class Run:
         with damage_errors(f"the checkpoint in {OUTPUT_DIR} is damaged; move it away"):
             compared = [name for name in now if name not in SETTING_GROUPS["places"]]
             changed = [name for name in compared if then.get(name, now[name]) != now[name]]
-            self.load_state_dict(state)
+            for owner in (self, self.trainer):
+                restore_values(owner, state)
         if changed:
             changes = [f"{name} {then[name]} -> {now[name]}" for name in changed]
             say("changed since the checkpoint: " + ", ".join(changes))
@@ -1765,11 +1764,7 @@ class Run:
     def state_dict(self):
         settings = setting_values() | {"DATA_DIR": str(data_folder())}
         state = {"settings": settings, "data": self.data_key}
-        return state | saved_values(self) | self.trainer.state_dict()
-
-    def load_state_dict(self, state):
-        restore_values(self, state)
-        self.trainer.load_state_dict(state)
+        return state | saved_values(self) | saved_values(self.trainer)
 
 
 @contextmanager
@@ -1961,9 +1956,8 @@ def evaluate(num_images=50_000, checkpoint=None, seed=0, data_dir=None):
         )
     need_module("torch_fidelity", "torch-fidelity")
     trained = TrainedGenerator(checkpoint)
-    settings = trained.state["settings"]
-    folder = Path(checked("data_dir", data_dir or settings["DATA_DIR"]))
-    found = prepare_data(folder, settings["IMAGE_SIZE"])
+    folder = Path(checked("data_dir", data_dir or trained.state["settings"]["DATA_DIR"]))
+    found = prepare_data(folder, trained.state["settings"]["IMAGE_SIZE"])
     faces = found.load()
     if len(faces) < LEAST_IMAGES:
         raise UserError(f"{folder} holds {len(faces):,} images; FID needs {LEAST_IMAGES:,} or more")

@@ -196,7 +196,7 @@ def contents(folder):
 # -------------------------------------------------------------------------------- kills and signals
 
 # What a user, a terminal and schedulers send.
-SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU]
+SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(forks, reference, workplace):

@@ -1,6 +1,5 @@
 """A run belongs to its data set, and no file of a folder is left out silently."""
 
-import csv
 import os
 import shutil
 from pathlib import Path
@@ -98,21 +97,12 @@ def test_a_checkpoint_of_the_version_before_goes_on(tiny, folder, capsys):
     assert tiny.main(["generate", "--num-images", "1"]) == 0
 
 
-def test_evaluate_takes_the_images_of_the_run_and_names_them(tiny, folder, weights, monkeypatch):
-    from torch_fidelity.defaults import DEFAULTS
-
-    monkeypatch.setenv("TORCH_HOME", str(weights))
-    monkeypatch.setattr(tiny, "LEAST_IMAGES", 16)
-    monkeypatch.setitem(DEFAULTS, "kid_subset_size", 12)
-    monkeypatch.setitem(DEFAULTS, "feature_layer_fid", "192")
+def test_evaluate_takes_the_images_of_the_run_unless_told_otherwise(tiny, folder, capsys):
     others(folder.parent / "shapes")
-    command = ["evaluate", "--num-images", "20", "--max-images", "16"]
-    assert tiny.main(command) == 0
-    assert tiny.main([*command, "--data-dir", "shapes"]) == 0
-    with open("output/evaluation.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["data"] for row in rows] == [str(folder), str(folder.parent / "shapes")]
-    assert float(rows[1]["FID"]) != float(rows[0]["FID"])
+    command = ["evaluate", "--num-images", "2048"]
+    assert f"{folder} holds 40 images; FID needs" in refused(capsys, *command)
+    line = refused(capsys, *command, "--data-dir", "shapes")
+    assert f"{folder.parent / 'shapes'} holds 40 images" in line
 
 
 def test_a_kaggle_data_set_that_is_not_celeba_has_a_folder_of_its_own(tiny, workplace):
@@ -158,13 +148,15 @@ def mixture(folder):
     return folder
 
 
-def test_what_pillow_opens_is_used_and_the_rest_is_counted_in_the_first_line(tiny, tmp_path):
+def test_what_pillow_opens_is_used_and_the_rest_is_counted_in_the_first_line(
+    tiny, tmp_path, capsys
+):
     folder = mixture(tmp_path / "mixture")
     Image.init()
     images = 40 + sum(form in Image.SAVE for form in FORMATS.values())
     (folder / "broken.jpg").write_bytes(b"<html>not found</html>")
-    arguments = flags(DATA_DIR=folder, EPOCHS=1)
-    said = succeed(*arguments, cwd=tmp_path)
+    arguments = ["--data-dir", folder, "--epochs", 1]
+    said = train(tiny, capsys, *arguments)
     (first,) = [line for line in said.splitlines() if "steps per epoch" in line]
     assert f"; {images} images, " in first
     counted = first.partition("; left out: ")[2].split(", ")
@@ -173,7 +165,7 @@ def test_what_pillow_opens_is_used_and_the_rest_is_counted_in_the_first_line(tin
     files = sum(path.is_file() for path in folder.rglob("*"))
     assert images + sum(int(kind.split()[0]) for kind in counted) == files
     shutil.rmtree(tmp_path / "output")
-    assert first == succeed(*arguments, cwd=tmp_path).splitlines()[0]  # from the cache as well
+    assert first == train(tiny, capsys, *arguments).splitlines()[0]  # from the cache as well
 
 
 def test_a_folder_without_images_says_what_is_there(tiny, tmp_path, capsys):

@@ -387,7 +387,7 @@ def test_a_data_set_that_lists_no_images_is_not_downloaded(dcgan_run, server):
     assert server.downloads() == []
 
 
-@pytest.mark.parametrize("listing", [None, [], ["a.csv", "more.zip"], ["a.csv", "b"], ["a.img"]])
+@pytest.mark.parametrize("listing", [None, ["a.csv", "b.img"]])
 def test_a_data_set_that_may_hold_images_is_downloaded(dcgan_run, server, listing):
     server.listing = listing
     dcgan_run("--kaggle-dataset", "someone/faces")

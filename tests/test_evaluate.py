@@ -127,8 +127,9 @@ def test_evaluations_are_printed_appended_and_returned(trained, few, capsys):
     assert default[:5] == ["7", "20", "16", "32", "centre square"]
     assert "inception" in default[5]
     assert zero == default, "the seed is not 0 unless another is given"
-    assert one[:6] == default[:6] and one[6:8] != default[6:8]
+    assert one[:7] == default[:7] and one[7:9] != default[7:9]
 
+    assert default[6] == str(Path("faces").absolute())
     found = dict(zip(METRICS, map(float, default[7:])))
     assert found["FID"] > 0
     assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1

@@ -7,7 +7,7 @@ from fuzz import Fuzz
 
 @pytest.mark.parametrize(
     "kind, number",
-    [("checkpoints", 60), ("images", 60), ("caches", 20), ("folders", 20), ("settings", 60)],
+    [("checkpoints", 60), ("images", 60), ("caches", 20), ("folders", 12), ("settings", 60)],
 )
 def test_broken_things_end_in_success_or_one_line(tmp_path, monkeypatch, kind, number):
     monkeypatch.chdir(tmp_path)
