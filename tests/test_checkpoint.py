@@ -555,7 +555,7 @@ def test_a_full_memory_is_no_reason_to_call_a_checkpoint_damaged(tiny, monkeypat
     for place, error in (
         ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory")),
         ("dcgan.build_generator", torch.OutOfMemoryError("CUDA out of memory")),
-        ("dcgan.Trainer.load_state_dict", RuntimeError("MPS backend out of memory")),
+        ("dcgan.restore_values", RuntimeError("MPS backend out of memory")),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(place, Mock(side_effect=error))
