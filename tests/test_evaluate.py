@@ -90,6 +90,7 @@ def distances(fakes, reals, name):
     return dcgan.distances(tensors(fakes), tensors(reals), name, CPU)
 
 
+@pytest.mark.slow
 def test_distances_say_what_is_near_what_is_strange_and_what_is_alike(tiny, few):
     torch.manual_seed(0)
     reals = faces(0)
