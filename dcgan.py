@@ -733,6 +733,7 @@ def list_images(folder, others):
             raise error
 
     seen = set()
+    root = os.path.join(folder, "")
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         real_place = os.path.realpath(place)
         if real_place in seen:
@@ -741,7 +742,7 @@ def list_images(folder, others):
         seen.add(real_place)
         for name in files:
             path = os.path.join(place, name)
-            relative = path.removeprefix(os.path.join(folder, ""))
+            relative = path.removeprefix(root)
             if hidden(relative):
                 others["hidden"] += 1
             # Opening a pipe would wait forever.
@@ -1298,20 +1299,21 @@ def advice(rows, diversity_share):
 @contextmanager
 def figure_file(name, width, height):
     """Yield a matplotlib figure, and save it in OUTPUT_DIR afterwards. It opens no window."""
-    figure = load_matplotlib()((width, height), layout="constrained")
+    from matplotlib.figure import Figure
+
+    figure = Figure((width, height), layout="constrained")
     yield figure
     write_file(output_path(name), lambda file: figure.savefig(file, format="png"))
 
 
 def load_matplotlib():
-    """matplotlib's class Figure. The first call loads all that drawing needs."""
+    """Load all that drawing needs, so that nothing can be missing later."""
     backend = os.environ.get("MPLBACKEND", "").partition("module://")[2]
     if backend and importlib.util.find_spec(backend.partition(".")[0]) is None:
         del os.environ["MPLBACKEND"]  # programs started from Jupyter inherit one they do not have
     figure = need_module("matplotlib.figure", "matplotlib").Figure
     figure((1, 1)).savefig(io.BytesIO(), format="png")  # loads what is imported late
     Image.init()  # as well
-    return figure
 
 
 def draw_comparison(reals, fakes, epochs):
@@ -1875,10 +1877,15 @@ def generate_images(num_images=16, seed=None, checkpoint=None, output=None, trun
     return images
 
 
-def picture_path(name, chosen, extensions):
-    """The path `chosen` or OUTPUT_DIR/`name`. UserError if it has none of the extensions."""
+def chosen_path(name, chosen):
+    """The path `chosen` or, if there is none, that of `name` in OUTPUT_DIR."""
     check_settings()
-    path = output_path(name, chosen and checked("output", chosen))
+    return Path(checked("output", chosen)) if chosen else output_path(name)
+
+
+def picture_path(name, chosen, extensions):
+    """`chosen_path`. Raises UserError if it has none of the extensions."""
+    path = chosen_path(name, chosen)
     if path.suffix.lower() not in extensions:
         raise UserError(
             f"output (--output) is {path}; its name must end in {', '.join(extensions)}"
@@ -1899,8 +1906,7 @@ def generate(
             )
         generate_images(number, seed, checkpoint, output, truncation)
         return
-    check_settings()
-    folder = output_path("generated", output and checked("output", output))
+    folder = chosen_path("generated", output)
     with disk_errors(folder):
         if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty; empty it, or choose another --output")
@@ -2436,9 +2442,9 @@ def make_folder(path):
     path.mkdir(parents=True, exist_ok=True)
 
 
-def output_path(name, chosen=None):
-    """The path `chosen` or, if there is none, that of `name` in OUTPUT_DIR."""
-    return Path(chosen or Path(OUTPUT_DIR) / name)
+def output_path(name):
+    """The path of `name` in OUTPUT_DIR."""
+    return Path(OUTPUT_DIR, name)
 
 
 def need_space(folder, size, what):
@@ -2727,7 +2733,7 @@ def check_settings():
 
 
 # The flags of all commands that use a trained generator. Small letters are arguments of the
-# function, capitals are settings. An empty text stands for the meaning in the table of ranges.
+# function, capitals are settings.
 GENERATOR_FLAGS = "seed checkpoint OUTPUT_DIR DEVICE PRECISION "
 # What some settings mean to these commands.
 MEANINGS = {

@@ -184,12 +184,6 @@ def test_a_pipe_without_an_images_name_is_not_opened(tiny, tmp_path):
     assert "left out: 1 without extension" in said
 
 
-CLOSED = """
-mount -t tmpfs none {folder}/inner
-chmod 000 {folder}/inner
-"""
-
-
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path):
     folder = draw_faces(tmp_path / "photos", 16)
     (folder / "inner").mkdir()
