@@ -36,6 +36,31 @@ Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 p
 per second, 2.4 times as many as a plain float32 DCGAN (tests/benchmark.py).
 """
 
+# For `uv run dcgan.py`, which needs no installation: the same packages as in requirements.txt. On
+# Windows, PyTorch with CUDA comes from its own index.
+#
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.11",
+#     "torch>=2.14; sys_platform == 'darwin'",
+#     "torchvision>=0.26",
+#     "matplotlib>=3.9",
+#     "tqdm>=4.66",
+#     "kaggle>=2.2",
+#     "six>=1.16",
+# ]
+#
+# [tool.uv.sources]
+# torch = { index = "pytorch", marker = "sys_platform == 'win32'" }
+# torchvision = { index = "pytorch", marker = "sys_platform == 'win32'" }
+#
+# [[tool.uv.index]]
+# name = "pytorch"
+# url = "https://download.pytorch.org/whl/cu130"
+# explicit = true
+# ///
+
 import argparse
 import copy
 import csv
@@ -101,6 +126,8 @@ except ImportError as error:
 IMAGE_SIZE = 64  # as in the paper; doubling it takes three to five times as long
 BATCH_SIZE = 32  # 64 is faster, but learns less from each image
 MAX_IMAGES = None  # all images
+MIRROR = True  # doubles the faces; False for letters, logos and all that has a left and a right
+AUGMENT = None  # full for small sets, which a discriminator learns by heart; none for CelebA
 WORKERS = None  # one per core
 SKIP_BROKEN = False  # many broken images may mean that a download or a disk has failed
 
@@ -240,6 +267,29 @@ def bce(logits, target):
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
+def augment(images, changes):
+    """Change the colours and the place of `images` (N, 3, S, S) in [-1, 1], each by its `changes`.
+
+    Those are five numbers per image in [-1, 1], (N, 5); 0 changes nothing. The discriminator sees
+    only changed images, real ones and fakes, so it cannot learn a small set by heart. And as the
+    gradient passes through the changes, fakes do not become odd themselves ("DiffAugment", Zhao et
+    al. 2020, https://arxiv.org/abs/2006.10738).
+    """
+    brightness, saturation, contrast, down, right = changes[..., None, None, None].unbind(1)
+    images = images + brightness / 2
+    grey = images.mean(1, keepdim=True)
+    images = grey + (images - grey) * (1 + saturation)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * (1 + contrast / 2)
+    # A product with a shifted identity matrix moves rows or columns by up to an eighth.
+    size = images.shape[-1]
+    here = torch.arange(size, device=images.device)
+    there = here[:, None]
+    rows = there == here + (down * size / 8).round()
+    columns = there + (right * size / 8).round() == here
+    return rows.to(images.dtype) @ images @ columns.to(images.dtype)
+
+
 class Trainer:
     """Both networks, their optimizers, and the averaged generator, which draws all samples."""
 
@@ -272,11 +322,22 @@ class Trainer:
         self.totals = torch.zeros(5, device=device)
         self.one = torch.ones((), device=device)  # the count of one step
 
-    def step(self, faces, flips, latents, with_penalty=False):
+    @torch.no_grad()
+    def start_grey(self):
+        """Make the weights of the three colours equal, before the first step.
+
+        On grey images their gradients are equal as well, so all samples come out grey.
+        """
+        for network in (self.generator, self.average):
+            network.layers[-2].weight[:, 1:] = network.layers[-2].weight[:, :1]
+        first = self.discriminator.layers[0].weight
+        first[:, 1:] = first[:, :1]
+
+    def step(self, faces, flips, latents, changes=None, with_penalty=False):
         """One step of the discriminator, then one of the generator, on the same fakes.
 
         `faces`: uint8 (N, 3, H, W); `flips`, which of them to mirror: bool (N, 1, 1, 1); `latents`,
-        the noise: (N, z, 1, 1).
+        the noise: (N, z, 1, 1); `changes` by `augment` of reals and fakes: (2, N, 5), or None.
 
         Careful when you edit this: on CUDA it runs a few times, is then captured as a CUDA graph,
         and from then on only replayed. Python numbers keep the value they had at the capture, and
@@ -290,6 +351,10 @@ class Trainer:
         # are each normalised by their own statistics.
         with autocast(self.device, self.dtype):
             fakes = self.ddp_generator(latents)
+        if changes is not None:  # not in half precision, in which pixels would be rounded
+            reals = augment(reals, changes[0])
+            fakes = augment(fakes, changes[1])
+        with autocast(self.device, self.dtype):
             real_logits = self.ddp_discriminator(reals)
             fake_logits = self.ddp_discriminator(fakes.detach())
         loss_d = bce(real_logits, REAL_LABEL) + bce(fake_logits, 0.0)
@@ -336,7 +401,7 @@ class Trainer:
         if with_penalty:  # the only use of BatchNorm's running statistics in training
             broadcast_batchnorm(self.discriminator)
         if self.graph is None:
-            self.step(*batch, with_penalty)
+            self.step(*batch, with_penalty=with_penalty)
         else:
             self.graph.step(batch, with_penalty)
         self.images += BATCH_SIZE
@@ -557,7 +622,7 @@ class StepGraph:
             self.eager_steps[with_penalty] -= 1
             self.stream.wait_stream(stream)
             with torch.cuda.stream(self.stream):
-                self.trainer.step(*batch, with_penalty)
+                self.trainer.step(*batch, with_penalty=with_penalty)
             stream.wait_stream(self.stream)
             return
         try:
@@ -571,7 +636,7 @@ class StepGraph:
             torch.backends.cudnn.benchmark = False
             self.trainer.graph = None
             self.trainer.abandon_step()
-            self.trainer.step(*batch, with_penalty)
+            self.trainer.step(*batch, with_penalty=with_penalty)
             return
         for static, new in zip(self.inputs, batch):
             static.copy_(new)
@@ -583,7 +648,7 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         self.trainer.abandon_step()  # the graph must allocate gradients of its own
         with torch.cuda.graph(graph, self.memory, self.stream):
-            self.trainer.step(*self.inputs, with_penalty)
+            self.trainer.step(*self.inputs, with_penalty=with_penalty)
         self.graphs[with_penalty] = graph
 
 
@@ -708,9 +773,15 @@ def should_stop(signals, device, row_due):
 # -------------------------------------------------------------------------------------------- data
 
 
+def unzipped(path):
+    """The folder at `path` or, if that is a zip, the one beside it that has its name."""
+    path = Path(path).absolute()
+    return path.with_suffix("") if path.suffix.lower() == ".zip" and path.is_file() else path
+
+
 def data_folder():
     """The folder of the images: DATA_DIR, unless that is CelebA's and KAGGLE_DATASET is another."""
-    folder = Path(DATA_DIR).absolute()
+    folder = unzipped(DATA_DIR)
     if KAGGLE_DATASET != CELEBA and folder == Path(CELEBA_DIR).absolute():
         folder = Path("data/kaggle", KAGGLE_DATASET).absolute()
     return folder
@@ -865,6 +936,26 @@ class FaceFolder(ImageFolder):
         except Exception as error:  # Pillow raises almost anything for a broken file
             return f"{type(error).__name__}: {error}"
 
+    def check_sizes(self):
+        """Say so if over a tenth of the images are smaller than they will be.
+
+        It reads the headers of 64 of them.
+        """
+        sides = []
+        for path, _ in self.samples[:: math.ceil(len(self) / 64)]:
+            if not os.path.isfile(path):  # opening a pipe would wait forever
+                continue
+            with suppress(Exception), quiet(), Image.open(path) as image:
+                sides.append(min(image.size))
+        size = self.shape[-1]
+        side = sorted(sides)[len(sides) // 10] if sides else size
+        fits = max((fit for fit in (32, 64, 128) if fit <= side), default=32)
+        if fits < size > side:
+            say(
+                f"many images are smaller than IMAGE_SIZE ({size}), down to {min(sides)} pixels, "
+                f"and stay blurred when enlarged; --image-size {fits} fits"
+            )
+
     def load(self):
         """The images as uint8 (N, 3, S, S), mapped from the cache, which the first call fills.
 
@@ -954,6 +1045,11 @@ class FaceFolder(ImageFolder):
             raise SystemFailure(f"decoding failed ({one_line(error)}); try fewer WORKERS") from None
 
 
+def augment_share(images):
+    """AUGMENT for a number of images: 1 up to 3,000, then less, and 0 from 30,000."""
+    return min(1.0, max(0.0, 1 - math.log10(images / 3_000)))
+
+
 class Batches:
     """The training batches of `faces`, which depend on SEED, epoch and step only.
 
@@ -972,9 +1068,13 @@ class Batches:
             )
         if device.type == "cuda" and faces.numel() < torch.cuda.mem_get_info(device)[0] / 2:
             self.faces = faces.to(device)
+        self.augment = augment_share(len(faces)) if AUGMENT is None else AUGMENT
 
     def epoch(self, epoch, first_step=0):
-        """Yield (faces, flips, latents) of each step, as `Trainer.step` takes them."""
+        """Yield (faces, flips, latents, changes) of each step, as `Trainer.step` takes them.
+
+        Without augmentation, there are no changes.
+        """
         share = BATCH_SIZE // WORLD_SIZE
         mine = slice(RANK * share, (RANK + 1) * share)
         shuffle = torch.Generator().manual_seed(seed_for("order", epoch))
@@ -985,17 +1085,27 @@ class Batches:
             rng.manual_seed(seed_for("step", epoch, step))
             numbers = {"generator": rng, "device": self.device}
             latents = torch.randn(BATCH_SIZE, LATENT_SIZE, 1, 1, **numbers)
-            flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < 0.5
+            flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < (0.5 if MIRROR else 0.0)
+            changes = []
+            if self.augment:
+                chance = torch.rand(2, BATCH_SIZE, 6, **numbers)[:, mine]
+                changes.append((2 * chance[..., 1:] - 1) * (chance[..., :1] < self.augment))
             faces = self.faces.index_select(0, batches[step][mine])
             if self.device.type == "cuda" and not faces.is_cuda:
                 # From pinned memory, the copy runs while the CPU continues. Only on CUDA: such
                 # copies to MPS fail or are wrong (PyTorch issues 86060 and 189690).
                 faces = faces.pin_memory().to(self.device, non_blocking=True)
-            yield faces.to(self.device), flips[mine], latents[mine]
+            yield faces.to(self.device), flips[mine], latents[mine], *changes
 
     def reals(self, chosen):
         """The real images with the numbers `chosen`, (N, 3, H, W) in [0, 1], on the CPU."""
         return self.faces[chosen].cpu().float() / 255
+
+    def all_reals(self):
+        """Yield all real images in batches, and the mirrored ones if MIRROR."""
+        for chosen in torch.arange(len(self.faces)).split(64):
+            reals = self.reals(chosen)
+            yield torch.cat([reals, reals.flip(3)]) if MIRROR else reals
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -1269,6 +1379,19 @@ def downscale(batches):
     return torch.cat([F.adaptive_avg_pool2d(batch, 32).cpu() for batch in batches])
 
 
+def nearest(images, batches):
+    """For each of `images` (N, 3, H, W), the nearest one in `batches` of such, by its pixels."""
+    wanted = downscale([images]).flatten(1)
+    least = torch.full((len(images),), math.inf)
+    found = torch.zeros_like(images)
+    for batch in batches:
+        distances, indices = torch.cdist(wanted, downscale([batch]).flatten(1)).min(1)
+        nearer = distances < least
+        least[nearer] = distances[nearer]
+        found[nearer] = batch[indices[nearer]]
+    return found
+
+
 def diversity(images):
     """How much images (N, 3, H, W) differ: their standard deviation, on a grid of 8 × 8."""
     return F.adaptive_avg_pool2d(images.float(), 8).std(0).mean().item()
@@ -1316,11 +1439,18 @@ def load_matplotlib():
     Image.init()  # as well
 
 
-def draw_comparison(reals, fakes, epochs):
-    """real_vs_fake.png: two sets of images (64, 3, H, W) in [0, 1], side by side."""
-    titles = ("real", f"generated, after {round(epochs, 2):g} epochs")
-    with figure_file("real_vs_fake.png", 11, 6) as figure:
-        for axes, images, title in zip(figure.subplots(1, 2), (reals, fakes), titles):
+def draw_comparison(epochs, *sets):
+    """real_vs_fake.png: sets of images (64, 3, H, W) in [0, 1], side by side.
+
+    They are real ones, generated ones and, if given, what these are nearest to.
+    """
+    titles = (
+        "real",
+        f"generated, after {round(epochs, 2):g} epochs",
+        "for each generated image, the most similar real one",
+    )
+    with figure_file("real_vs_fake.png", 5.5 * len(sets), 6) as figure:
+        for axes, images, title in zip(figure.subplots(1, len(sets)), sets, titles):
             axes.set_title(title)
             axes.imshow(grid(images))
             axes.axis("off")
@@ -1391,6 +1521,10 @@ def animation_frame(path):
 # ---------------------------------------------------------------------------------------- training
 
 MEASURE_EVERY = 25_000  # images; one measurement takes as long as training on about 500
+MOST_GRIDS = 100  # grids of samples in a run: small sets may need thousands of epochs
+# Steps that give good faces, by IMAGE_SIZE; a quarter of them gives crude ones. Measured at 32 and
+# 64 pixels.
+STEPS_NEEDED = {32: 3_000, 64: 6_000, 128: 12_000, 256: 24_000}
 RETRY_SECONDS = 15  # until a save that has failed is tried again: a network disk may come back
 TIE = 0.03  # distances this close count as equal: twice the variation between noise seeds
 NOT_FINITE = (
@@ -1425,6 +1559,8 @@ def train():
         found = prepare_data(folder, IMAGE_SIZE)
         if state:
             check_data(state, found.key)
+        else:
+            found.check_sizes()
         faces = found.load()
         if WORLD_SIZE > 1:
             images = f"{plural(len(faces), 'image')} {found.key[:8]}"
@@ -1515,6 +1651,8 @@ class Run:
         if state:
             self.resume(state)
         else:
+            if self.reals.eq(self.reals[:, :1]).all():
+                self.trainer.start_grey()
             self.sample()
         self.metrics.write()  # without the rows after the checkpoint, which will come again
         self.quality.write()
@@ -1593,7 +1731,8 @@ class Run:
         self.timed = (perf_counter(), self.trainer.images)  # for the speed of the next row
         steps = self.batches.steps
         name = f"epoch {self.epoch + 1}/{EPOCHS}"
-        with progress_bar(None, steps, name, " steps", initial=self.step) as bar:
+        options = {"initial": self.step, "leave": self.grid_due(self.epoch + 1)}
+        with progress_bar(None, steps, name, " steps", **options) as bar:
             for batch in self.batches.epoch(self.epoch, self.step):
                 self.trainer.advance(*batch)
                 self.step += 1
@@ -1634,14 +1773,36 @@ class Run:
         with suppress(OSError):  # the terminal may be gone
             bar.set_postfix_str(row.summary(), refresh=False)
         self.reports += 1
-        steps_left = (EPOCHS - self.epoch) * bar.total - row.step
-        if self.reports == 2 and steps_left:  # the first row is slower: it has the warm-up in it
-            minutes = math.ceil(steps_left * BATCH_SIZE / row.images_per_second / 60)
-            duration = f"{minutes} min" if minutes < 100 else f"{minutes / 60:.1f} h"
-            say(f"the run will take about {duration}; see {output_path('samples/latest.png')}")
+        # The first row is slower: it has the warm-up in it.
+        if self.reports == min(2, EPOCHS * bar.total):
+            self.estimate(row)
+
+    def estimate(self, row):
+        """Say how long the run will take by the speed in `row`, and whether it is too short."""
+        done = self.epoch * self.batches.steps + row.step
+        steps = EPOCHS * self.batches.steps
+
+        def duration(steps):
+            minutes = math.ceil((steps - done) * BATCH_SIZE / row.images_per_second / 60)
+            return f"about {minutes} min" if minutes < 100 else f"about {minutes / 60:.1f} h"
+
+        needed = STEPS_NEEDED[IMAGE_SIZE]
+        if done < steps:
+            latest = output_path("samples/latest.png")
+            say(f"the run will take {duration(steps)}; see {latest}")
+        if steps < needed / 4:
+            epochs = math.ceil(needed / self.batches.steps)
+            say(
+                f"this run is too short for good images: {plural(steps, 'step')}, and some "
+                f"{needed:,} are needed; --epochs {epochs} takes {duration(needed)}"
+            )
 
     def end_epoch(self):
         """After an epoch: samples, distance to real faces, checkpoint, pictures, advice."""
+        if not self.grid_due(self.epoch):
+            if self.save_due(60 * CHECKPOINT_MINUTES):
+                self.save_and_draw()
+            return
         fakes = self.sample()
         measured = self.measure()
         if measured and measured[0].best == self.epoch:
@@ -1659,10 +1820,15 @@ class Run:
             summaries = ", ".join(row.summary() for row in news)
             say(f"epoch {self.epoch}/{EPOCHS}: {summaries}")
         if self.trainer.images > 10_000:  # before that, nothing is wrong yet
-            rows = [row for row in self.metrics.rows if row.epoch == self.epoch]
+            first = self.epoch - math.ceil(EPOCHS / MOST_GRIDS)
+            rows = [row for row in self.metrics.rows if row.epoch > first]
             share = diversity(fakes) / (diversity(self.reals) or 1)
             for line in advice(rows, share):
                 say(f"after epoch {self.epoch}, {line}")
+
+    def grid_due(self, epoch):
+        """Whether the samples after this epoch are kept: always, if the epochs are not too many."""
+        return epoch == EPOCHS or epoch % math.ceil(EPOCHS / MOST_GRIDS) == 0
 
     def sample(self):
         """Images (64, 3, H, W) in [0, 1] of the fixed noise, saved and, in a notebook, shown.
@@ -1745,7 +1911,10 @@ class Run:
             return
         epochs = self.epoch + self.step / steps
         drawn = attempt("losses.png", draw_losses, steps, rows, self.quality.rows)
-        attempt("real_vs_fake.png", draw_comparison, self.reals, fakes, epochs)
+        sets = [self.reals, fakes]
+        if self.epoch == EPOCHS:
+            sets.append(nearest(fakes.cpu(), self.batches.all_reals()))
+        attempt("real_vs_fake.png", draw_comparison, epochs, *sets)
         attempt("training.gif", draw_animation, self.epoch)
         if now and drawn and in_notebook():
             with Image.open(output_path("losses.png")) as picture:
@@ -1962,7 +2131,7 @@ def evaluate(num_images=50_000, checkpoint=None, seed=0, data_dir=None):
         )
     need_module("torch_fidelity", "torch-fidelity")
     trained = TrainedGenerator(checkpoint)
-    folder = Path(checked("data_dir", data_dir or trained.state["settings"]["DATA_DIR"]))
+    folder = unzipped(checked("data_dir", data_dir or trained.state["settings"]["DATA_DIR"]))
     found = prepare_data(folder, trained.state["settings"]["IMAGE_SIZE"])
     faces = found.load()
     if len(faces) < LEAST_IMAGES:
@@ -2063,13 +2232,59 @@ def append_evaluation(columns):
 # ------------------------------------------------------------- where images come from: Kaggle, demo
 
 
-def prepare_data(folder, image_size):
-    """`find_faces`; before that, download CelebA or draw the demo's faces if `folder` is theirs."""
-    if folder == Path(DEMO["DATA_DIR"]).absolute():
-        fill_folder(folder, draw_demo)
-    elif KAGGLE_DATASET != CELEBA or folder == Path(CELEBA_DIR).absolute():
-        download_celeba(folder)
+def prepare_data(folder, image_size, download=False):
+    """`find_faces`; before that, fill `folder` if it holds no images.
+
+    Zips in it, or one beside it that has its name, are unpacked. Without any, the demo's faces are
+    drawn, or KAGGLE_DATASET is downloaded, if `folder` is the one for them or if `download`.
+    """
+    if not any_image(folder):
+        if archives := find_archives(folder):
+            fill_folder(folder, lambda part: unpack_all(archives, part))
+        elif folder == Path(DEMO["DATA_DIR"]).absolute():
+            fill_folder(folder, draw_demo)
+        elif download or KAGGLE_DATASET != CELEBA or folder == Path(CELEBA_DIR).absolute():
+            download_celeba(folder)
     return find_faces(folder, image_size)
+
+
+def download():
+    """The command: download KAGGLE_DATASET to DATA_DIR, and do nothing else."""
+    check_settings()
+    folder = data_folder()
+    if any_image(folder):
+        say(f"{folder} holds images already; nothing is downloaded")
+    found = prepare_data(folder, IMAGE_SIZE, download=True)
+    say(f"{folder} holds {plural(len(found), 'image')}{left_out(found.others)}")
+
+
+def any_image(folder):
+    """An image in `folder`, as `list_images` yields it, or None."""
+    with disk_errors(folder):
+        return next(list_images(folder, Counter()), None) if folder.is_dir() else None
+
+
+def find_archives(folder):
+    """The zips in `folder` or, if there are none, the one beside it that has its name."""
+    beside = [path for path in folder.parent.glob("*") if path.stem == folder.name]
+    for paths in (folder.rglob("*"), beside):
+        zips = [path for path in paths if path.suffix.lower() == ".zip"]
+        if zips := sorted(path for path in zips if path.is_file() and path.name[0] != "."):
+            return zips
+    return []
+
+
+def unpack_all(archives, folder):
+    """Unpack the images of `archives` into `folder`. Raises UserError if they are damaged."""
+    images = 0
+    for archive in archives:
+        say(f"unpacking {archive}")
+        try:
+            images += unpack(archive, folder / archive.stem)
+        except UserError as error:
+            raise UserError(f"{archive} is {error}; get it again, or unpack it yourself") from None
+    if images == 0:
+        raise UserError(f"{', '.join(map(str, archives))}: no images in there; change DATA_DIR")
 
 
 def fill_folder(folder, put):
@@ -2078,21 +2293,21 @@ def fill_folder(folder, put):
     That is then renamed, so that the images appear all at once or not at all.
     """
 
-    def any_image():
-        with disk_errors(folder):
-            return next(list_images(folder, Counter()), None) if folder.is_dir() else None
-
     def fill_part():
         part = folder / ".part"  # on the same disk, wherever a link or a mount leads
         with disk_errors(folder):
             shutil.rmtree(part, ignore_errors=True)
             make_folder(part)
-            put(part)
-            taken = (folder / "images").exists()  # by something that is no image
-            part.rename(folder / ("more images" if taken else "images"))
+            try:
+                put(part)
+                taken = (folder / "images").exists()  # by something that is no image
+                part.rename(folder / ("more images" if taken else "images"))
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
 
     lock = Path(f"{folder}.lock")
-    build_once(any_image, fill_part, lock, f"another process is filling {folder}; waiting for it")
+    waiting = f"another process is filling {folder}; waiting for it"
+    build_once(lambda: any_image(folder), fill_part, lock, waiting)
 
 
 # The size of an archive where it is known; its images take about as much again.
@@ -2161,10 +2376,17 @@ def fetch_celeba(downloads, folder):
         need_space(downloads, 2 * ARCHIVE_BYTES.get(KAGGLE_DATASET, 0) - size, "CelebA")
         if KAGGLE_DATASET not in ARCHIVE_BYTES:
             check_listing(archive, anonymous)
-        failed, said = run_kaggle(["download", "--quiet"], archive, anonymous)
-        failure = said if failed else unpack(archive, folder)
-        if not failure:
-            return
+        failed, failure = run_kaggle(["download", "--quiet"], archive, anonymous)
+        if not failed:
+            try:
+                if unpack(archive, folder):
+                    return
+                raise SystemFailure(
+                    f"{KAGGLE_DATASET} has no images; choose another KAGGLE_DATASET, or look into "
+                    f"the archive, which is {archive}"
+                )
+            except UserError as error:
+                failure = str(error)
         if re.search(f"{NO_NETWORK}|{EXPIRED}", failure) and file_size(archive) > size:
             say("the connection to Kaggle was lost; asking for the rest")
         elif found := re.search(DAMAGED, failure):
@@ -2250,30 +2472,24 @@ def file_size(path):
 
 
 def unpack(archive, folder):
-    """Unpack the images of an archive, and nothing else, into `folder`.
+    """Unpack the images of an archive, and nothing else, into `folder`. Returns their number.
 
-    Returns "" or, if the archive is damaged, why.
+    Raises UserError, which begins with "not unpacked", if the archive is damaged.
     """
-    try:
-        with damage_errors("not unpacked"), zipfile.ZipFile(archive) as source:
-            members = [
-                member
-                for member in source.infolist()
-                if not hidden(member.filename)
-                and (IMAGE_NAME.search(member.filename) or opens(source.open(member)))
-            ]
-            if not members:
-                raise SystemFailure(
-                    f"{KAGGLE_DATASET} has no images; choose another KAGGLE_DATASET, or look into "
-                    f"the archive, which is {archive}"
-                )
-            need_space(folder, sum(member.file_size for member in members), "unpacking")
-            for member in progress_bar(members, len(members), "unpacking", " images"):
-                with disk_errors(folder):
-                    source.extract(member, folder)  # never outside of the folder
-    except UserError as error:
-        return str(error)
-    return ""
+    with damage_errors("not unpacked"), zipfile.ZipFile(archive) as source:
+        members = [
+            member
+            for member in source.infolist()
+            if not hidden(member.filename)
+            and (IMAGE_NAME.search(member.filename) or opens(source.open(member)))
+        ]
+        with disk_errors(folder):
+            make_folder(folder)
+        need_space(folder, sum(member.file_size for member in members), "unpacking")
+        for member in progress_bar(members, len(members), "unpacking", " images"):
+            with disk_errors(folder):
+                source.extract(member, folder)  # never outside of the folder
+    return len(members)
 
 
 # The settings that --demo changes.
@@ -2463,13 +2679,19 @@ def need_module(name, package):
         return importlib.import_module(name)
     except ImportError as error:
         install = shell("-m", "pip", "install", package)
+        if UNDER_UV:
+            install = shell("--with", package, *sys.argv)
         raise RunError(f"{package} is missing or broken ({one_line(error)}): {install}") from error
+
+
+UNDER_UV = "UV_RUN_RECURSION_DEPTH" in os.environ  # started by `uv run`
 
 
 def shell(*words):
     """A line for the shell that runs Python with these words, as this process was run."""
     join = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
-    return join([sys.orig_argv[0], *map(str, words)])
+    python = ["uv", "run"] if UNDER_UV else [sys.orig_argv[0]]
+    return join([*python, *map(str, words)])
 
 
 def readable(size):
@@ -2604,6 +2826,9 @@ SETTING_GROUPS = {
         "IMAGE_SIZE": "pixels per side; 32, 64, 128, 256",
         "BATCH_SIZE": "images per step, over all processes; 2..65536",
         "MAX_IMAGES": "number of images to use, in the order of their names; 1..1000000000 or None",
+        "MIRROR": "mirror half of the real images; True, False",
+        "AUGMENT": "share of the images, real and fake, whose colours and place are changed at "
+        "random before the discriminator sees them, if not by their number; 0.0..1.0 or None",
         "WORKERS": "processes that decode images; 0..1024 or None",
         "SKIP_BROKEN": "go on even if over a tenth of the images cannot be read; True, False",
     },
@@ -2634,7 +2859,7 @@ SETTING_GROUPS = {
     },
     "places": {
         "KAGGLE_DATASET": "data set on kaggle.com; owner/name",
-        "DATA_DIR": "folder of images, which may be in subfolders; a path",
+        "DATA_DIR": "folder of images, which may be in subfolders, or a zip of them; a path",
         "CACHE_DIR": "folder for decoded images; a path",
         "OUTPUT_DIR": "folder of the run: samples, tables, checkpoints; a path",
     },
@@ -2738,6 +2963,7 @@ GENERATOR_FLAGS = "seed checkpoint OUTPUT_DIR DEVICE PRECISION "
 # What some settings mean to these commands.
 MEANINGS = {
     "OUTPUT_DIR": "folder of the trained run",
+    "DATA_DIR": "folder to download to",
     "MAX_IMAGES": "number of real images to compare with, in the order of their names",
     "CACHE_DIR": "folder for decoded images and for Inception features of real ones",
 }
@@ -2752,6 +2978,11 @@ COMMANDS = {
         interpolate,
         "Make a looping animation that moves from face to face.",
         GENERATOR_FLAGS + "num_faces frames output",
+    ),
+    "download": (
+        download,
+        "Download CelebA, or KAGGLE_DATASET, to DATA_DIR, and do nothing else.",
+        "DATA_DIR KAGGLE_DATASET",
     ),
     "evaluate": (
         evaluate,

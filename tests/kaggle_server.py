@@ -140,6 +140,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             files = [{"name": name, "totalBytes": 9} for name in server.listing or ()]
             status = 404 if server.listing is None else 200
             self.answer(status, json.dumps({"datasetFiles": files}).encode())
+        elif self.path.endswith("/GetDataset"):  # kagglehub asks
+            self.answer(200, b'{"currentVersionNumber": 2}')
         elif self.path.endswith("/GetDatasetMetadata") and (authorised or not server.needs_token):
             self.answer(200, b'{"info": {"licenses": [{"name": "other"}]}}')
         elif server.api_answers:

@@ -632,3 +632,37 @@ def test_half_of_the_images_are_flipped(numbered):
     flips = torch.cat([flips for epoch in range(20) for _, flips, _ in make().epoch(epoch)])
     assert flips.shape == (960, 1, 1, 1)
     assert flips.float().mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+def test_none_are_flipped_without_mirror_and_all_else_stays(numbered):
+    dcgan, make = numbered
+    before = list(make().epoch(3))
+    dcgan.MIRROR = False
+    for (faces, flips, *rest), (same_faces, _, *same_rest) in zip(make().epoch(3), before):
+        assert not flips.any() and torch.equal(faces, same_faces)
+        assert all(map(torch.equal, rest, same_rest))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_images_is_changed_and_the_rest_is_as_without(numbered, share):
+    dcgan, make = numbered
+    dcgan.AUGMENT = 0
+    plain = [step for epoch in range(20) for step in make().epoch(epoch)]
+    assert all(len(step) == 3 for step in plain)
+    dcgan.AUGMENT = share
+    steps = [step for epoch in range(20) for step in make().epoch(epoch)]
+    assert same([step[:3] for step in steps], plain)
+    if share:
+        changes = torch.cat([changes for *_, changes in steps], 1)
+        assert changes.shape == (2, 960, 5) and changes.abs().max() <= 1
+        changed = changes.ne(0).all(2)
+        assert torch.equal(changed, changes.ne(0).any(2))  # all of an image, or nothing
+        assert changed.float().mean().item() == pytest.approx(share, abs=0.04)
+        assert not torch.equal(*changes)  # reals and fakes: each their own
+
+
+def test_the_fewer_images_there_are_the_more_are_changed(numbered):
+    dcgan, make = numbered
+    shares = [dcgan.augment_share(images) for images in (8, 1_000, 10_000, 202_599)]
+    assert shares == sorted(shares, reverse=True) and shares[0] == shares[1] == 1
+    assert shares[-1] == 0 and make().augment == 1

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -260,3 +261,98 @@ def test_a_script_that_its_workers_run_again_is_told_about_the_guard(workplace):
     assert done.returncode
     assert 'if __name__ == "__main__":' in done.stderr
     assert "in use by another run" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------------- zips
+
+
+def zipped(path, faces, **more):
+    """A zip of the images in the folder `faces`, and of other files, {name: text}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for face in sorted(faces.iterdir()):
+            archive.write(face, f"some/folder/{face.name}")
+        for name, text in more.items():
+            archive.writestr(name, text)
+    return path
+
+
+def test_a_zip_is_unpacked_once_into_the_folder_with_its_name(tiny, workplace, capsys):
+    path = zipped(workplace / "my photos.ZIP", workplace / "faces", notes="", __MACOSX_x="")
+    said = train(tiny, capsys, "--data-dir", path, "--epochs", 1)
+    assert said.startswith(f"unpacking {path}") and "40 images" in said
+    unpacked = [file for file in (workplace / "my photos").rglob("*") if file.is_file()]
+    assert sorted(file.name for file in unpacked) == sorted(os.listdir(workplace / "faces"))
+    said = train(tiny, capsys, "--data-dir", path, "--epochs", 2)
+    assert "unpacking" not in said and "resuming from" in said
+
+
+def test_a_folder_of_zips_is_unpacked_and_a_zip_without_images_does_no_harm(
+    tiny, workplace, capsys
+):
+    photos, nothing = workplace / "photos", workplace / "nothing"
+    nothing.mkdir()
+    for name in ("one", "two"):  # whose images have the same names
+        zipped(photos / f"{name}.zip", workplace / "faces")
+    zipped(photos / "labels.zip", nothing, labels="a b c")
+    assert "80 images" in train(tiny, capsys, "--data-dir", photos, "--epochs", 1)
+
+
+def test_celeba_downloaded_by_browser_needs_no_kaggle(tiny, workplace, capsys):
+    zipped(workplace / "data/celeba/archive.zip", workplace / "faces")
+    said = train(tiny, capsys, "--data-dir", tiny.CELEBA_DIR, "--epochs", 1)
+    assert "40 images" in said and "Kaggle" not in said
+
+
+@pytest.mark.parametrize("fault", ["cut", "text", "password", "no images"])
+def test_a_zip_that_gives_no_images_is_named(tiny, workplace, capsys, fault):
+    path = zipped(workplace / "photos.zip", workplace / "faces", notes="")
+    data = path.read_bytes()
+    if fault == "no images":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("notes.txt", "")
+    else:
+        # The bit of an entry that says that it is encrypted.
+        secret = data.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
+        path.write_bytes({"cut": data[:-300], "text": b"no zip", "password": secret}[fault])
+    assert str(path) in refused(capsys, "--data-dir", path)
+    assert not (workplace / "photos/images").exists()
+    zipped(path, workplace / "faces")  # and with a good one, it works
+    train(tiny, capsys, "--data-dir", path, "--epochs", 1)
+
+
+# ------------------------------------------------------------------------------------ small images
+
+
+@pytest.mark.parametrize("side, fits", [(100, 64), (40, 32), (28, 32), (128, None)])
+def test_images_smaller_than_the_size_are_told_with_the_size_that_fits(
+    tiny, tmp_path, capsys, side, fits
+):
+    for index in range(40):
+        extra = 0 if index % 2 else 300
+        Image.new("RGB", (side + extra, side), (index, 0, 0)).save(tmp_path / f"{index}.png")
+    tiny.find_faces(tmp_path, 128).check_sizes()
+    said = capsys.readouterr().out
+    assert said.count("\n") == (fits is not None)
+    assert fits is None or f"down to {side} pixels" in said and f"--image-size {fits} fits" in said
+
+
+def test_of_a_few_small_images_nothing_is_said(tiny, folder, tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(folder / "small.png")
+    said = train(tiny, capsys, "--data-dir", folder, "--epochs", 2)
+    assert "smaller" not in said
+
+
+# ------------------------------------------------------------------------------------ grey images
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_grey_images_give_grey_samples(tiny, workplace, capsys, precision):
+    (workplace / "grey").mkdir()
+    for face in (workplace / "faces").iterdir():
+        Image.open(face).convert("L").save(workplace / "grey" / face.name)
+    tiny.PRECISION, tiny.LEARNING_RATE = precision, 5e-3
+    train(tiny, capsys, "--data-dir", "grey", "--epochs", 20)
+    images = tiny.generate_images(16, seed=1)
+    spread = images.amax(1) - images.amin(1)
+    assert spread.max() < 2 / 255 and images.std() > 0.01

@@ -170,6 +170,16 @@ def test_two_runs_at_once_with_a_token_download_once(server, workplace):
     assert images(workplace) == FACES and len(server.downloads()) == 1
 
 
+def test_the_command_downloads_to_any_folder_and_does_nothing_else(dcgan_run, server):
+    out, _ = dcgan_run("download", "--data-dir", "scratch/faces")
+    assert out.splitlines()[-1] == f"{Path('scratch/faces').absolute()} holds 40 images"
+    assert sorted(os.listdir()) == ["faces", "home", "scratch"]
+    again, _ = dcgan_run("download", "--data-dir", "scratch/faces")
+    assert "nothing is downloaded" in again and len(server.downloads()) == 1
+    trained, _ = dcgan_run("--data-dir", "scratch/faces")
+    assert "40 images" in trained and len(server.downloads()) == 1
+
+
 # -------------------------------------------------------------------------------- accounts, network
 
 

@@ -188,6 +188,63 @@ def test_the_penalty_comes_in_every_so_many_steps_also_after_resuming(
     assert steps == [8, 12][:penalties]
 
 
+# ------------------------------------------------------------------------------------- augmentation
+
+
+def test_changes_move_images_and_their_colours_as_far_as_they_say(tiny):
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+
+    def changed(**values):
+        names = ("brightness", "saturation", "contrast", "down", "right")
+        return tiny.augment(images, torch.tensor([[values.get(name, 0.0) for name in names]] * 2))
+
+    torch.testing.assert_close(changed(), images)
+    torch.testing.assert_close(changed(brightness=-1), images - 0.5)
+    torch.testing.assert_close(
+        changed(saturation=-1), images.mean(1, keepdim=True).expand(images.shape)
+    )
+    half = changed(contrast=-1)
+    torch.testing.assert_close(half.std((1, 2, 3)), images.std((1, 2, 3)) / 2)
+    torch.testing.assert_close(half.mean((1, 2, 3)), images.mean((1, 2, 3)))
+    moved = changed(down=1, right=-0.5)  # by 4 and -2 of 32 pixels
+    torch.testing.assert_close(moved[..., 4:, :-2], images[..., :-4, 2:])
+    assert not moved[..., :4, :].any() and not moved[..., -2:].any()
+
+
+def test_each_image_has_its_own_changes_and_gradients_find_their_way_back(tiny):
+    images = torch.rand(8, 3, 32, 32, dtype=torch.double, requires_grad=True)
+    changes = torch.rand(8, 5, dtype=torch.double) * 2 - 1
+    whole = tiny.augment(images, changes)
+    for index in range(8):
+        alone = tiny.augment(images[index : index + 1], changes[index : index + 1])
+        torch.testing.assert_close(whole[index], alone[0])
+    weights = torch.rand_like(whole)
+    (slope,) = torch.autograd.grad((whole * weights).sum(), images)
+    direction = torch.rand_like(images) - 0.5
+    difference = tiny.augment(images + direction, changes) - whole  # it is linear in the images
+    torch.testing.assert_close((slope * direction).sum(), (difference * weights).sum())
+
+
+def test_the_discriminator_sees_reals_and_fakes_changed_and_the_generator_learns_through_it(tiny):
+    made = trainer(tiny, LEARNING_RATE=0)
+    generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
+    faces, flips, latents = batch()
+    changes = torch.rand(2, 8, 5) * 2 - 1
+    made.step(faces, flips, latents, changes)
+
+    reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
+    fakes = tiny.augment(generator(latents), changes[1])
+    real, fake = discriminator(tiny.augment(reals, changes[0])), discriminator(fakes.detach())
+    loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
+    loss_d.backward()
+    of_d = [p.grad.clone() for p in discriminator.parameters()]
+    loss_g = F.softplus(-discriminator(fakes)).mean()
+    loss_g.backward()
+    torch.testing.assert_close(made.totals[:2], torch.stack([loss_d, loss_g]).detach())
+    assert_gradients(made.discriminator, of_d)
+    assert_gradients(made.generator, [p.grad for p in generator.parameters()])
+
+
 # --------------------------------------------------------------------------------------------- step
 
 
@@ -221,7 +278,7 @@ def test_a_step_touches_nothing_else(tiny, dtype, with_penalty):
     inputs, average = batch(), frozen(made.average)
     state, images = torch.get_rng_state(), made.images
     kept = [tensor.clone() for tensor in inputs]
-    made.step(*inputs, with_penalty)
+    made.step(*inputs, with_penalty=with_penalty)
     assert all(torch.equal(*pair) for pair in zip(inputs, kept)) and equal(average, made.average)
     assert torch.equal(state, torch.get_rng_state()) and made.images == images
     assert made.generator.training and made.discriminator.training and not made.average.training

@@ -81,7 +81,7 @@ def test_a_fresh_run_in_a_used_folder_films_itself_alone(tiny):
 
 
 def test_the_pictures_show_the_images_trained_on_beside_the_generators(tiny):
-    """real_vs_fake.png: the left half is the same whatever was trained, the right half is not."""
+    """real_vs_fake.png: the left part is the same whatever was trained, the others are not."""
     tiny.EPOCHS = 1
     tiny.train()
     one = pixels("output/real_vs_fake.png")
@@ -89,10 +89,28 @@ def test_the_pictures_show_the_images_trained_on_beside_the_generators(tiny):
     tiny.G_FEATURES, tiny.LEARNING_RATE = 8, 0.05
     tiny.train()
     two = pixels("output/real_vs_fake.png")
-    (left, right), (left_too, right_too) = one.chunk(2, dim=2), two.chunk(2, dim=2)
-    assert torch.equal(left, left_too) and not torch.equal(right, right_too)
-    colours = left.flatten(1).T.numpy()
+    left, *others = zip(one.chunk(3, dim=2), two.chunk(3, dim=2))
+    assert torch.equal(*left) and not any(torch.equal(*pair) for pair in others)
+    colours = left[0].flatten(1).T.numpy()
     assert len(np.unique(colours[colours.std(1) > 10], axis=0)) > 500  # faces, in colour
+
+
+def test_at_the_end_each_fake_stands_beside_the_real_image_it_is_nearest_to(tiny):
+    """Also if that is mirrored, paler, or a little changed."""
+    reals, _ = load_faces(tiny, 32)
+    batches = tiny.Batches(reals, torch.device("cpu"))
+    wanted = torch.randperm(len(reals))[:10]
+    images = batches.reals(wanted)
+    copies = torch.cat([0.9 * images[:5], images[5:].flip(3)]) + 0.05 * torch.rand(10, 3, 32, 32)
+    found = tiny.nearest(copies, batches.all_reals())
+    assert torch.equal(found, torch.cat([images[:5], images[5:].flip(3)]))
+    tiny.MIRROR = False
+    assert torch.equal(tiny.nearest(images, batches.all_reals()), images)
+
+    tiny.train()
+    assert pixels("output/real_vs_fake.png").shape[2] == 1650
+    with Image.open("output/samples/epoch_002.png") as samples:
+        assert samples.size == (8 * 34 + 2, 8 * 34 + 2)
 
 
 # --------------------------------------------------------------------------------------------- film

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUN_FILES, dcgan, draw_faces, flags, free_port
+from conftest import ROOT, RUN_FILES, SCRIPT, TINY, dcgan, draw_faces, flags, free_port, run
 from kaggle_server import serving
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,6 +69,7 @@ LEAVES = {
     "generate --output-dir output-demo": "output-demo/generated.png",
     "--truncation": "output/generated.png",
     "nohup": "train.log",
+    "download": "../home/celeba/images",
     "torchrun --nproc-per-node 2 dcgan.py": "output/generator.pt",
     "--nnodes 2": "output/generator.pt",
     "evaluate": None,
@@ -83,7 +85,7 @@ LINES = [line for line in LINES if TEST_COMMAND not in line]
 
 def shortened(line):
     """The same command, with flags that make a training short."""
-    if re.search("generate|interpolate|evaluate", line):
+    if re.search("generate|interpolate|evaluate|download", line):
         return line.replace("50000", "50")
     return re.sub(r"(dcgan\.py[^>&#]*)", rf"\1 {SHORT} ", line)
 
@@ -166,6 +168,34 @@ def test_a_command_does_in_a_shell_what_is_said_of_it(newcomer, words, left):
         said(newcomer.types(command))
     assert left is None or (folder / left).exists()
     assert "nohup" not in line or "finished" in (folder / left).read_text()
+
+
+CELLS = [cell for cell in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "hub" in cell]
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=["Colab", "Kaggle"])
+def test_a_notebooks_cells_train_on_what_the_real_kagglehub_downloads(newcomer, tmp_path, cell):
+    tiny = "".join(f"dcgan.{name} = {value!r}\n" for name, value in (TINY | {"EPOCHS": 1}).items())
+    cell = cell.replace("import dcgan\n", f"import dcgan\n{tiny}dcgan.CACHE_DIR = 'cache'\n")
+    cell = cell.replace("/content/drive/MyDrive/dcgan", "output").replace("/tmp/cache", "cache")
+    shutil.copy(SCRIPT, tmp_path)  # the upload
+    environment = newcomer.environment | {"KAGGLEHUB_CACHE": str(tmp_path / "hub")}
+    done = run(cwd=tmp_path, env=environment, program=["-c", cell])
+    assert done.returncode == 0 and "40 images" in done.stdout, done
+    assert (tmp_path / "output/generated.png").exists()
+
+
+def test_what_uv_installs_is_what_pip_installs():
+    block = re.search(r"^# /// script\n(.*?)^# ///$", SCRIPT.read_text(), re.DOTALL | re.MULTILINE)
+    script = tomllib.loads(re.sub(r"^# ?", "", block[1], flags=re.MULTILINE))
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line.partition("#")[0].strip().replace('"', "'") for line in lines]
+    assert script["dependencies"] == wanted
+    [index] = script["tool"]["uv"]["index"]
+    assert f"--index-url {index['url']}\n" in README and index["explicit"]
+    sources = script["tool"]["uv"]["sources"]
+    windows = {"index": index["name"], "marker": "sys_platform == 'win32'"}
+    assert sources == {"torch": windows, "torchvision": windows}
 
 
 def test_the_lines_for_python_train_and_draw(tiny):

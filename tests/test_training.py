@@ -62,6 +62,40 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
     assert len(frames) == 3 and times[-1] >= 2000 > max(times[:-1])
 
 
+def test_a_run_of_too_few_steps_says_so_at_once_with_a_flag_that_gives_enough(tiny, capsys):
+    tiny.train()  # 40 images in batches of 8: 10 steps
+    line = capsys.readouterr().out.splitlines()[2]
+    found = re.fullmatch(r".* 10 steps, .* --epochs (\d+) takes about [\d.]+ (min|h)", line)
+    assert int(found[1]) * 5 == tiny.STEPS_NEEDED[32]
+    tiny.STEPS_NEEDED = {32: 40}
+    assert tiny.main(["--epochs", "3", "--output-dir", "other"]) == 0
+    assert "too short" not in capsys.readouterr().out
+
+
+def test_a_run_of_a_single_step_says_so_too(tiny, capsys):
+    assert tiny.main(["--epochs", "1", "--batch-size", "40"]) == 0
+    assert "too short for good images: 1 step, " in capsys.readouterr().out
+
+
+def test_of_many_short_epochs_only_some_leave_samples(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(tiny, "MOST_GRIDS", 5)
+    assert tiny.main(["--epochs", "14", "--batch-size", "40"]) == 0
+    names = {f"epoch_{epoch:03d}.png" for epoch in (0, 3, 6, 9, 12, 14)}
+    assert {path.name for path in Path("output/samples").iterdir()} == names | {"latest.png"}
+    lines = re.findall(r"^epoch (\d+)/14: ", capsys.readouterr().out, re.MULTILINE)
+    assert lines == ["3", "6", "9", "12", "14"] and len(metrics()) == 14
+    assert len(film("output/training.gif")[0]) == 6
+
+
+def test_a_run_between_two_samples_is_saved_as_often_as_any(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "MOST_GRIDS", 1)
+    saved = []
+    monkeypatch.setattr(tiny, "save_checkpoint", lambda state: saved.append(state["epoch"]))
+    arguments = ["--epochs", "4", "--batch-size", "40", "--checkpoint-minutes", "0"]
+    assert tiny.main(arguments) == 0
+    assert saved == [1, 2, 3, 4]
+
+
 def test_a_terminal_shows_a_bar_with_the_losses(workplace):
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
     ours, theirs = os.openpty()
