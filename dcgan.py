@@ -27,7 +27,7 @@ The sections of this file, in order (dependencies between two sections go one wa
     training                   the run: epochs, reports, samples, signals
     using a trained generator  generate and interpolate
     evaluate                   FID and the like, by torch-fidelity
-    where images come from     Kaggle, or cartoon faces for the demo
+    where images come from     Kaggle, zips, or cartoon faces for the demo
     files and messages         errors, safe writing, locks, printing
     ranges of the settings     what each setting is and may be
     command line               flags, commands, exit statuses
@@ -126,8 +126,8 @@ except ImportError as error:
 IMAGE_SIZE = 64  # as in the paper; doubling it takes three to five times as long
 BATCH_SIZE = 32  # 64 is faster, but learns less from each image
 MAX_IMAGES = None  # all images
-MIRROR = True  # doubles the faces; False for letters, logos and all that has a left and a right
-AUGMENT = None  # full for small sets, which a discriminator learns by heart; none for CelebA
+MIRROR = True  # doubles the images; False where left and right differ, as in letters and logos
+AUGMENT = None  # 0.3 for small sets, which a discriminator would memorise; 0 for CelebA
 WORKERS = None  # one per core
 SKIP_BROKEN = False  # many broken images may mean that a download or a disk has failed
 
@@ -160,7 +160,7 @@ PRECISION = None  # the fastest on the device
 CELEBA = "jessicali9530/celeba-dataset"  # needs no account
 CELEBA_DIR = "data/celeba"
 KAGGLE_DATASET = CELEBA  # another one gets a folder of its own below data/kaggle
-DATA_DIR = CELEBA_DIR  # for your own photos, give their folder
+DATA_DIR = CELEBA_DIR  # for your own photos, give their folder, or a zip of them
 CACHE_DIR = "data/cache"  # holds 2.3 GiB for all of CelebA at 64 pixels
 OUTPUT_DIR = "output"  # one folder per run
 
@@ -271,9 +271,9 @@ def augment(images, changes):
     """Change the colours and the place of `images` (N, 3, S, S) in [-1, 1], each by its `changes`.
 
     Those are five numbers per image in [-1, 1], (N, 5); 0 changes nothing. The discriminator sees
-    only changed images, real ones and fakes, so it cannot learn a small set by heart. And as the
-    gradient passes through the changes, fakes do not become odd themselves ("DiffAugment", Zhao et
-    al. 2020, https://arxiv.org/abs/2006.10738).
+    real images and fakes changed in the same way, so it cannot memorise a small set. The gradient
+    passes through the changes, so the generator does not learn to draw them ("DiffAugment", Zhao
+    et al. 2020, https://arxiv.org/abs/2006.10738).
     """
     brightness, saturation, contrast, down, right = changes[..., None, None, None].unbind(1)
     images = images + brightness / 2
@@ -774,9 +774,9 @@ def should_stop(signals, device, row_due):
 
 
 def unzipped(path):
-    """The folder at `path` or, if that is a zip, the one beside it that has its name."""
+    """The folder at `path` or, for a zip, the one beside it that has its name."""
     path = Path(path).absolute()
-    return path.with_suffix("") if path.suffix.lower() == ".zip" and path.is_file() else path
+    return path.with_suffix("") if path.suffix.lower() == ".zip" and not path.is_dir() else path
 
 
 def data_folder():
@@ -795,8 +795,26 @@ def list_images(folder, others):
     """Yield (path, size, modification time) of each image below `folder`; paths are relative.
 
     A file is an image if its extension says so, or else if Pillow opens it. The rest is
-    counted in `others`, a Counter, by extension. Links are followed, but no folder is listed
-    twice. Raises OSError for a folder that cannot be listed.
+    counted in `others`, a Counter, by extension. Raises OSError for a folder that cannot be listed.
+    """
+    for relative in list_files(folder):
+        path = os.path.join(folder, relative)
+        if hidden(relative):
+            others["hidden"] += 1
+        # Opening a pipe would wait forever.
+        elif IMAGE_NAME.search(relative) or (os.path.isfile(path) and opens(path)):
+            # A broken link is listed, too, so that decoding reports it.
+            status = os.stat(path, follow_symlinks=os.path.exists(path))
+            yield relative, status.st_size, status.st_mtime_ns
+        else:
+            others[os.path.splitext(relative)[1].lower() or "without extension"] += 1
+
+
+def list_files(folder):
+    """Yield the relative path of each file below `folder`.
+
+    Links are followed, but no folder is listed twice. Raises OSError for a folder that cannot be
+    listed.
     """
 
     def refuse(error):
@@ -812,17 +830,7 @@ def list_images(folder, others):
             continue
         seen.add(real_place)
         for name in files:
-            path = os.path.join(place, name)
-            relative = path.removeprefix(root)
-            if hidden(relative):
-                others["hidden"] += 1
-            # Opening a pipe would wait forever.
-            elif IMAGE_NAME.search(name) or (os.path.isfile(path) and opens(path)):
-                # A broken link is listed, too, so that decoding reports it.
-                status = os.stat(path, follow_symlinks=os.path.exists(path))
-                yield relative, status.st_size, status.st_mtime_ns
-            else:
-                others[os.path.splitext(name)[1].lower() or "without extension"] += 1
+            yield os.path.join(place, name).removeprefix(root)
 
 
 def hidden(path):
@@ -885,8 +893,8 @@ def find_faces(folder, image_size):
         images = sorted(list_images(folder, others)) if folder.is_dir() else []
     if not images:
         raise UserError(
-            f"DATA_DIR ({folder}) holds no images{left_out(others)}; put some there, or change "
-            "DATA_DIR (--data-dir)"
+            f"DATA_DIR ({folder}) holds no images{left_out(others)}; put some there, or a zip of "
+            "them, or change DATA_DIR (--data-dir)"
         )
     others["beyond MAX_IMAGES"] = len(images[MAX_IMAGES:]) if MAX_IMAGES else 0
     return FaceFolder(folder, images[:MAX_IMAGES], image_size, others)
@@ -949,11 +957,11 @@ class FaceFolder(ImageFolder):
                 sides.append(min(image.size))
         size = self.shape[-1]
         side = sorted(sides)[len(sides) // 10] if sides else size
-        fits = max((fit for fit in (32, 64, 128) if fit <= side), default=32)
-        if fits < size > side:
+        fits = max((fit for fit in (32, 64, 128, 256) if fit <= side), default=32)
+        if fits < size:
             say(
                 f"many images are smaller than IMAGE_SIZE ({size}), down to {min(sides)} pixels, "
-                f"and stay blurred when enlarged; --image-size {fits} fits"
+                f"and would look blurred; --image-size {fits} is the best size for them"
             )
 
     def load(self):
@@ -1046,8 +1054,12 @@ class FaceFolder(ImageFolder):
 
 
 def augment_share(images):
-    """AUGMENT for a number of images: 1 up to 3,000, then less, and 0 from 30,000."""
-    return min(1.0, max(0.0, 1 - math.log10(images / 3_000)))
+    """AUGMENT for a number of images: 0.3 up to 1,000, then less, and 0 from 10,000.
+
+    After 600 epochs on 200 faces of 32 pixels, 0.3 gives two thirds of the distance that 0 gives.
+    With 1, the networks learn much more slowly.
+    """
+    return 0.3 * min(1.0, max(0.0, 4 - math.log10(images)))
 
 
 class Batches:
@@ -1085,7 +1097,7 @@ class Batches:
             rng.manual_seed(seed_for("step", epoch, step))
             numbers = {"generator": rng, "device": self.device}
             latents = torch.randn(BATCH_SIZE, LATENT_SIZE, 1, 1, **numbers)
-            flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < (0.5 if MIRROR else 0.0)
+            flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < 0.5 * MIRROR
             changes = []
             if self.augment:
                 chance = torch.rand(2, BATCH_SIZE, 6, **numbers)[:, mine]
@@ -1100,12 +1112,6 @@ class Batches:
     def reals(self, chosen):
         """The real images with the numbers `chosen`, (N, 3, H, W) in [0, 1], on the CPU."""
         return self.faces[chosen].cpu().float() / 255
-
-    def all_reals(self):
-        """Yield all real images in batches, and the mirrored ones if MIRROR."""
-        for chosen in torch.arange(len(self.faces)).split(64):
-            reals = self.reals(chosen)
-            yield torch.cat([reals, reals.flip(3)]) if MIRROR else reals
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -1287,6 +1293,7 @@ def rename_old_fields(state):
         state["totals"] = torch.tensor([*state["totals"], state.pop("interval")])
     if "older" not in state:
         state |= {"older": 0, "data": None}  # its images had another kind of key
+    state["settings"].setdefault("AUGMENT", 0.0)
 
 
 def newest_checkpoint():
@@ -1380,15 +1387,20 @@ def downscale(batches):
 
 
 def nearest(images, batches):
-    """For each of `images` (N, 3, H, W), the nearest one in `batches` of such, by its pixels."""
+    """For each of `images` (N, 3, H, W), the nearest one in `batches` of such, by its pixels.
+
+    That may be a mirrored one, if MIRROR.
+    """
     wanted = downscale([images]).flatten(1)
     least = torch.full((len(images),), math.inf)
     found = torch.zeros_like(images)
     for batch in batches:
-        distances, indices = torch.cdist(wanted, downscale([batch]).flatten(1)).min(1)
-        nearer = distances < least
-        least[nearer] = distances[nearer]
-        found[nearer] = batch[indices[nearer]]
+        small = downscale([batch])
+        for axes in [(), (3,)] if MIRROR else [()]:
+            nearness, indices = torch.cdist(wanted, small.flip(axes).flatten(1)).min(1)
+            nearer = nearness < least
+            least[nearer] = nearness[nearer]
+            found[nearer] = batch[indices[nearer]].flip(axes)
     return found
 
 
@@ -1439,11 +1451,14 @@ def load_matplotlib():
     Image.init()  # as well
 
 
-def draw_comparison(epochs, *sets):
-    """real_vs_fake.png: sets of images (64, 3, H, W) in [0, 1], side by side.
+def draw_comparison(epochs, reals, fakes, batches=None):
+    """real_vs_fake.png: `reals` and `fakes`, (64, 3, H, W) in [0, 1], side by side.
 
-    They are real ones, generated ones and, if given, what these are nearest to.
+    With `batches` of all real images, also the ones that are most similar to the fakes.
     """
+    sets = [reals, fakes]
+    if batches:
+        sets.append(nearest(fakes.cpu(), batches))
     titles = (
         "real",
         f"generated, after {round(epochs, 2):g} epochs",
@@ -1521,9 +1536,9 @@ def animation_frame(path):
 # ---------------------------------------------------------------------------------------- training
 
 MEASURE_EVERY = 25_000  # images; one measurement takes as long as training on about 500
-MOST_GRIDS = 100  # grids of samples in a run: small sets may need thousands of epochs
-# Steps that give good faces, by IMAGE_SIZE; a quarter of them gives crude ones. Measured at 32 and
-# 64 pixels.
+MOST_GRIDS = 100  # grids of samples that a run of thousands of short epochs keeps
+# Steps after which faces are good, by IMAGE_SIZE; after a quarter of them, they are crude. Measured
+# at 32 and 64 pixels.
 STEPS_NEEDED = {32: 3_000, 64: 6_000, 128: 12_000, 256: 24_000}
 RETRY_SECONDS = 15  # until a save that has failed is tried again: a network disk may come back
 TIE = 0.03  # distances this close count as equal: twice the variation between noise seeds
@@ -1731,7 +1746,10 @@ class Run:
         self.timed = (perf_counter(), self.trainer.images)  # for the speed of the next row
         steps = self.batches.steps
         name = f"epoch {self.epoch + 1}/{EPOCHS}"
-        options = {"initial": self.step, "leave": self.grid_due(self.epoch + 1)}
+        options = {"initial": self.step}
+        if not self.grid_due(self.epoch + 1):
+            # In a notebook, even a bar that is removed leaves an empty line.
+            options |= {"leave": False, "delay": int(in_notebook())}
         with progress_bar(None, steps, name, " steps", **options) as bar:
             for batch in self.batches.epoch(self.epoch, self.step):
                 self.trainer.advance(*batch)
@@ -1740,7 +1758,7 @@ class Run:
                     bar.update()
 
                 last = self.step == steps
-                row_due = last or self.step % LOG_EVERY == 0
+                row_due = self.row_due(last)
                 if row_due:
                     self.report(self.log(), bar)
                 if should_stop(signals, self.trainer.device, row_due):
@@ -1748,6 +1766,15 @@ class Run:
                 if not last and self.save_due(60 * CHECKPOINT_MINUTES):
                     self.save_and_draw()
         return True
+
+    def row_due(self, last):
+        """Whether metrics.csv gets a row: each LOG_EVERY steps, and at the end of an epoch.
+
+        Only epochs whose samples are kept count: others may have a single step.
+        """
+        before = self.metrics.rows[-1].images if self.metrics.rows else 0
+        steps = (self.trainer.images - before) // BATCH_SIZE
+        return steps >= LOG_EVERY or (last and self.grid_due(self.epoch + 1))
 
     def log(self):
         """Add the means since the last row to metrics.csv. Returns them as a Row.
@@ -1773,8 +1800,9 @@ class Run:
         with suppress(OSError):  # the terminal may be gone
             bar.set_postfix_str(row.summary(), refresh=False)
         self.reports += 1
-        # The first row is slower: it has the warm-up in it.
-        if self.reports == min(2, EPOCHS * bar.total):
+        # The first row is slower: it has the warm-up in it. But it may be the only one.
+        only = row.epoch == EPOCHS and row.step == bar.total and self.reports == 1
+        if self.reports == 2 or only:
             self.estimate(row)
 
     def estimate(self, row):
@@ -1793,8 +1821,8 @@ class Run:
         if steps < needed / 4:
             epochs = math.ceil(needed / self.batches.steps)
             say(
-                f"this run is too short for good images: {plural(steps, 'step')}, and some "
-                f"{needed:,} are needed; --epochs {epochs} takes {duration(needed)}"
+                f"this run is too short: it has {plural(steps, 'step')}, and good images need "
+                f"about {needed:,}; use --epochs {epochs}, which takes {duration(needed)}"
             )
 
     def end_epoch(self):
@@ -1820,15 +1848,20 @@ class Run:
             summaries = ", ".join(row.summary() for row in news)
             say(f"epoch {self.epoch}/{EPOCHS}: {summaries}")
         if self.trainer.images > 10_000:  # before that, nothing is wrong yet
-            first = self.epoch - math.ceil(EPOCHS / MOST_GRIDS)
+            first = self.epoch - self.grid_stride()
             rows = [row for row in self.metrics.rows if row.epoch > first]
             share = diversity(fakes) / (diversity(self.reals) or 1)
             for line in advice(rows, share):
                 say(f"after epoch {self.epoch}, {line}")
 
     def grid_due(self, epoch):
-        """Whether the samples after this epoch are kept: always, if the epochs are not too many."""
-        return epoch == EPOCHS or epoch % math.ceil(EPOCHS / MOST_GRIDS) == 0
+        """Whether the samples after this epoch are kept, by `grid_stride`."""
+        return epoch == EPOCHS or epoch % self.grid_stride() == 0
+
+    def grid_stride(self):
+        """Epochs from one kept grid to the next: 1, unless they are many and short."""
+        images = self.batches.steps * BATCH_SIZE  # per epoch
+        return math.ceil(min(EPOCHS / MOST_GRIDS, MEASURE_EVERY / images))
 
     def sample(self):
         """Images (64, 3, H, W) in [0, 1] of the fixed noise, saved and, in a notebook, shown.
@@ -1839,7 +1872,7 @@ class Run:
         if RANK == 0:
             picture = grid(fakes)
             names = ["samples/latest.png"]
-            if self.step == 0:
+            if self.step == 0 and self.grid_due(self.epoch):
                 names.append(f"samples/epoch_{self.epoch:03d}.png")
             for name in names:
                 attempt(name, save_picture, picture, output_path(name))
@@ -1849,7 +1882,7 @@ class Run:
     def measure(self):
         """Add a row to quality.csv. Returns the new rows: this one or, if it is too early, none.
 
-        Some short epochs are skipped, but never the first or the last one.
+        Some are skipped if epochs are short, but never the first or the last one.
         """
         rows, trainer = self.quality.rows[self.older :], self.trainer
         measured = rows[-1].images if rows else -math.inf
@@ -1895,7 +1928,7 @@ class Run:
             save_checkpoint(state)
 
     def save_and_draw(self, last=False):
-        """Within an epoch: save first; then draw the samples and, if they are due, pictures."""
+        """Between two grids: save first; then draw the samples and, if they are due, pictures."""
         self.save(last)
         if RANK == 0:
             self.draw_pictures(self.sample(), last)
@@ -1911,10 +1944,12 @@ class Run:
             return
         epochs = self.epoch + self.step / steps
         drawn = attempt("losses.png", draw_losses, steps, rows, self.quality.rows)
-        sets = [self.reals, fakes]
+        batches = None
         if self.epoch == EPOCHS:
-            sets.append(nearest(fakes.cpu(), self.batches.all_reals()))
-        attempt("real_vs_fake.png", draw_comparison, epochs, *sets)
+            numbers = torch.arange(len(self.batches.faces)).split(64)
+            numbers = progress_bar(numbers, len(numbers), "comparing", " batches", leave=False)
+            batches = map(self.batches.reals, numbers)
+        attempt("real_vs_fake.png", draw_comparison, epochs, self.reals, fakes, batches)
         attempt("training.gif", draw_animation, self.epoch)
         if now and drawn and in_notebook():
             with Image.open(output_path("losses.png")) as picture:
@@ -2229,7 +2264,7 @@ def append_evaluation(columns):
     append_rows(path, [columns.values()])
 
 
-# ------------------------------------------------------------- where images come from: Kaggle, demo
+# ------------------------------------------------------- where images come from: Kaggle, zips, demo
 
 
 def prepare_data(folder, image_size, download=False):
@@ -2238,13 +2273,16 @@ def prepare_data(folder, image_size, download=False):
     Zips in it, or one beside it that has its name, are unpacked. Without any, the demo's faces are
     drawn, or KAGGLE_DATASET is downloaded, if `folder` is the one for them or if `download`.
     """
-    if not any_image(folder):
-        if archives := find_archives(folder):
-            fill_folder(folder, lambda part: unpack_all(archives, part))
-        elif folder == Path(DEMO["DATA_DIR"]).absolute():
-            fill_folder(folder, draw_demo)
-        elif download or KAGGLE_DATASET != CELEBA or folder == Path(CELEBA_DIR).absolute():
-            download_celeba(folder)
+    found = any_image(folder)
+    archives = [] if found else find_archives(folder)
+    if archives:
+        fill_folder(folder, lambda part: unpack_all(archives, part))
+    elif folder == Path(DEMO["DATA_DIR"]).absolute():
+        fill_folder(folder, draw_demo)
+    elif download or KAGGLE_DATASET != CELEBA or folder == Path(CELEBA_DIR).absolute():
+        download_celeba(folder)
+    elif found and DATA_DIR.lower().endswith(".zip"):
+        say(f"using the images in {folder}; to unpack {DATA_DIR} again, delete that folder")
     return find_faces(folder, image_size)
 
 
@@ -2266,25 +2304,28 @@ def any_image(folder):
 
 def find_archives(folder):
     """The zips in `folder` or, if there are none, the one beside it that has its name."""
+    names = list_files(folder) if folder.is_dir() else []
+    inside = [Path(folder, name) for name in names if not hidden(name)]
     beside = [path for path in folder.parent.glob("*") if path.stem == folder.name]
-    for paths in (folder.rglob("*"), beside):
-        zips = [path for path in paths if path.suffix.lower() == ".zip"]
-        if zips := sorted(path for path in zips if path.is_file() and path.name[0] != "."):
-            return zips
+    for paths in (inside, beside):
+        zips = [path for path in paths if path.suffix.lower() == ".zip" and os.path.isfile(path)]
+        if zips:
+            return sorted(zips)
     return []
 
 
 def unpack_all(archives, folder):
     """Unpack the images of `archives` into `folder`. Raises UserError if they are damaged."""
     images = 0
-    for archive in archives:
+    for number, archive in enumerate(archives):  # several of them may have the same name
         say(f"unpacking {archive}")
         try:
-            images += unpack(archive, folder / archive.stem)
+            images += unpack(archive, folder / str(number))
         except UserError as error:
-            raise UserError(f"{archive} is {error}; get it again, or unpack it yourself") from None
+            raise UserError(f"{archive}: {error}; get it again, or unpack it yourself") from None
     if images == 0:
-        raise UserError(f"{', '.join(map(str, archives))}: no images in there; change DATA_DIR")
+        names = ", ".join(map(str, archives))
+        raise UserError(f"{names} holds no image that can be read; change DATA_DIR")
 
 
 def fill_folder(folder, put):
@@ -2423,6 +2464,8 @@ def kaggle_error(said):
             return found.expand(text)
     last_line = re.sub(r"(?=\S*\d)\S{20,}", "…", one_line(said.splitlines()[-1]))  # tokens
     install = shell("-m", "pip", "install", "--upgrade", "kaggle", "six")
+    if UNDER_UV:
+        install = shell("--upgrade", *sys.argv)
     return f"Kaggle's client has failed ({last_line}); try {install}"
 
 
@@ -2483,6 +2526,11 @@ def unpack(archive, folder):
             if not hidden(member.filename)
             and (IMAGE_NAME.search(member.filename) or opens(source.open(member)))
         ]
+        kinds = Counter(Path(member.filename).suffix.lower() for member in source.infolist())
+        kinds -= Counter(Path(member.filename).suffix.lower() for member in members)
+        del kinds[""]  # folders
+        if kinds:
+            say(f"{archive}{left_out(kinds)}")
         with disk_errors(folder):
             make_folder(folder)
         need_space(folder, sum(member.file_size for member in members), "unpacking")
@@ -2497,6 +2545,7 @@ DEMO = {
     "DATA_DIR": "data/demo",
     "OUTPUT_DIR": "output-demo",
     "EPOCHS": 12,
+    "AUGMENT": 0.0,
     "G_FEATURES": 32,
     "D_FEATURES": 32,
 }
@@ -2684,7 +2733,8 @@ def need_module(name, package):
         raise RunError(f"{package} is missing or broken ({one_line(error)}): {install}") from error
 
 
-UNDER_UV = "UV_RUN_RECURSION_DEPTH" in os.environ  # started by `uv run`
+# Started by `uv run dcgan.py`
+UNDER_UV = "UV_RUN_RECURSION_DEPTH" in os.environ and __name__ == "__main__"
 
 
 def shell(*words):
@@ -2827,8 +2877,8 @@ SETTING_GROUPS = {
         "BATCH_SIZE": "images per step, over all processes; 2..65536",
         "MAX_IMAGES": "number of images to use, in the order of their names; 1..1000000000 or None",
         "MIRROR": "mirror half of the real images; True, False",
-        "AUGMENT": "share of the images, real and fake, whose colours and place are changed at "
-        "random before the discriminator sees them, if not by their number; 0.0..1.0 or None",
+        "AUGMENT": "share of the images, real and fake, that the discriminator sees with changed "
+        "colours and place, if not by the number of images; 0.0..1.0 or None",
         "WORKERS": "processes that decode images; 0..1024 or None",
         "SKIP_BROKEN": "go on even if over a tenth of the images cannot be read; True, False",
     },
@@ -2874,7 +2924,7 @@ ARGUMENTS = {
     "seed": "seed of the noise: the same seed draws the same faces; 0..9223372036854775807",
     "checkpoint": "checkpoint.pt or generator.pt to draw from; a path",
     "output": "file or folder to write; a path",
-    "data_dir": "folder of the real images, by default that of the training run; a path",
+    "data_dir": "folder or zip of the real images, by default that of the training run; a path",
 }
 COUNT = "0..1000000000000000"  # of epochs, steps or images
 

@@ -152,8 +152,8 @@ def mixture(folder):
 def test_what_pillow_opens_is_used_and_the_rest_is_counted_in_the_first_line(
     tiny, tmp_path, capsys
 ):
-    folder = mixture(tmp_path / "mixture")
     Image.init()
+    folder = mixture(tmp_path / "mixture")
     images = 40 + sum(form in Image.SAVE for form in FORMATS.values())
     (folder / "broken.jpg").write_bytes(b"<html>not found</html>")
     arguments = ["--data-dir", folder, "--epochs", 1]
@@ -283,8 +283,19 @@ def test_a_zip_is_unpacked_once_into_the_folder_with_its_name(tiny, workplace, c
     assert said.startswith(f"unpacking {path}") and "40 images" in said
     unpacked = [file for file in (workplace / "my photos").rglob("*") if file.is_file()]
     assert sorted(file.name for file in unpacked) == sorted(os.listdir(workplace / "faces"))
+    path.unlink()
     said = train(tiny, capsys, "--data-dir", path, "--epochs", 2)
     assert "unpacking" not in said and "resuming from" in said
+    assert f"using the images in {workplace / 'my photos'}; to unpack {path} again" in said
+
+
+def test_zips_that_are_hidden_are_left_alone_and_linked_folders_are_not(tiny, workplace, capsys):
+    zipped(workplace / "photos/.git/x.zip", workplace / "faces")
+    assert "holds no images" in refused(capsys, "--data-dir", "photos")
+    zipped(workplace / "elsewhere/y.zip", workplace / "faces")
+    (workplace / "photos/link").symlink_to(workplace / "elsewhere")
+    (workplace / "photos/circle").symlink_to(workplace / "photos")
+    assert "40 images" in train(tiny, capsys, "--data-dir", "photos", "--epochs", 1)
 
 
 def test_a_folder_of_zips_is_unpacked_and_a_zip_without_images_does_no_harm(
@@ -292,10 +303,11 @@ def test_a_folder_of_zips_is_unpacked_and_a_zip_without_images_does_no_harm(
 ):
     photos, nothing = workplace / "photos", workplace / "nothing"
     nothing.mkdir()
-    for name in ("one", "two"):  # whose images have the same names
+    for name in ("one/same", "two/same"):  # whose images have the same names, too
         zipped(photos / f"{name}.zip", workplace / "faces")
-    zipped(photos / "labels.zip", nothing, labels="a b c")
-    assert "80 images" in train(tiny, capsys, "--data-dir", photos, "--epochs", 1)
+    zipped(photos / "labels.zip", nothing, **{"labels.txt": "a b c", "some.heic": ""})
+    said = train(tiny, capsys, "--data-dir", photos, "--epochs", 1)
+    assert "80 images" in said and "labels.zip; left out: 1 .txt, 1 .heic" in said
 
 
 def test_celeba_downloaded_by_browser_needs_no_kaggle(tiny, workplace, capsys):
@@ -334,7 +346,7 @@ def test_images_smaller_than_the_size_are_told_with_the_size_that_fits(
     tiny.find_faces(tmp_path, 128).check_sizes()
     said = capsys.readouterr().out
     assert said.count("\n") == (fits is not None)
-    assert fits is None or f"down to {side} pixels" in said and f"--image-size {fits} fits" in said
+    assert fits is None or f"down to {side} pixels" in said and f"--image-size {fits} is" in said
 
 
 def test_of_a_few_small_images_nothing_is_said(tiny, folder, tmp_path, capsys):

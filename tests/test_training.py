@@ -30,10 +30,11 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
     monkeypatch.delenv("DISPLAY", raising=False)
     odd = {"MPLBACKEND": "module://no_such_backend.x"}
     settings = flags(DATA_DIR="faces", MAX_IMAGES=39, LOG_EVERY=3, BATCH_SIZE=9)
-    first, second, *epochs, last = succeed(*settings, cwd=workplace, env=odd).splitlines()
+    lines = succeed(*settings, cwd=workplace, env=odd).splitlines()
+    first, second, third, *epochs, last = lines
     about = r"CPU, \d+ threads?, float32; 39 images, 4 steps per epoch, 2 epochs; left out: 1 .*"
     assert re.fullmatch(about, first)
-    assert re.search(r"about [\d.]+ (s|min|h)\b", second)
+    assert re.search(r"will take about [\d.]+ (min|h)\b", second) and "too short" in third
     more = r", distance \d\.\d+ \(of reals: \d\.\d+\), best in epoch \d"
     found = [re.fullmatch(rf"epoch (\d/\d): {LINE}{more}", line) for line in epochs]
     assert [match[1] for match in found] == ["1/2", "2/2"]
@@ -65,16 +66,18 @@ def test_a_run_without_a_terminal_says_a_line_an_epoch_and_writes_its_files(work
 def test_a_run_of_too_few_steps_says_so_at_once_with_a_flag_that_gives_enough(tiny, capsys):
     tiny.train()  # 40 images in batches of 8: 10 steps
     line = capsys.readouterr().out.splitlines()[2]
-    found = re.fullmatch(r".* 10 steps, .* --epochs (\d+) takes about [\d.]+ (min|h)", line)
+    found = re.fullmatch(r".* 10 steps, .* --epochs (\d+), which takes about [\d.]+ (min|h)", line)
     assert int(found[1]) * 5 == tiny.STEPS_NEEDED[32]
     tiny.STEPS_NEEDED = {32: 40}
     assert tiny.main(["--epochs", "3", "--output-dir", "other"]) == 0
     assert "too short" not in capsys.readouterr().out
 
 
-def test_a_run_of_a_single_step_says_so_too(tiny, capsys):
-    assert tiny.main(["--epochs", "1", "--batch-size", "40"]) == 0
-    assert "too short for good images: 1 step, " in capsys.readouterr().out
+@pytest.mark.parametrize("batch_size, steps", [(40, "1 step"), (8, "5 steps")])
+def test_a_run_of_a_single_row_says_so_too(tiny, capsys, batch_size, steps):
+    arguments = ["--epochs", "1", "--log-every", "20", "--batch-size", str(batch_size)]
+    assert tiny.main(arguments) == 0
+    assert f"too short: it has {steps}, and" in capsys.readouterr().out
 
 
 def test_of_many_short_epochs_only_some_leave_samples(tiny, monkeypatch, capsys):
@@ -83,7 +86,9 @@ def test_of_many_short_epochs_only_some_leave_samples(tiny, monkeypatch, capsys)
     names = {f"epoch_{epoch:03d}.png" for epoch in (0, 3, 6, 9, 12, 14)}
     assert {path.name for path in Path("output/samples").iterdir()} == names | {"latest.png"}
     lines = re.findall(r"^epoch (\d+)/14: ", capsys.readouterr().out, re.MULTILINE)
-    assert lines == ["3", "6", "9", "12", "14"] and len(metrics()) == 14
+    assert lines == ["3", "6", "9", "12", "14"]
+    # every two steps, as LOG_EVERY says, and where samples are kept
+    assert [epoch for epoch, *_ in steps_of(metrics())] == [2, 3, 5, 6, 8, 9, 11, 12, 14]
     assert len(film("output/training.gif")[0]) == 6
 
 
@@ -192,7 +197,7 @@ def test_a_loss_that_is_not_finite_gets_into_no_checkpoint(tiny, capsys):
     assert tiny.main([*settings, "--precision", "float32"]) == 0
 
 
-WON = {"BETA1": 0.9, "D_FEATURES": 16, "D_LEARNING_RATE": 5e-3}
+WON = {"AUGMENT": 0.0, "BETA1": 0.9, "D_FEATURES": 16, "D_LEARNING_RATE": 5e-3}
 
 
 @pytest.mark.parametrize(
