@@ -337,7 +337,7 @@ class Trainer:
         """One step of the discriminator, then one of the generator, on the same fakes.
 
         `faces`: uint8 (N, 3, H, W); `flips`, which of them to mirror: bool (N, 1, 1, 1); `latents`,
-        the noise: (N, z, 1, 1); `changes` by `augment` of reals and fakes: (2, N, 5), or None.
+        the noise: (N, z, 1, 1); `changes` by `augment` of reals and fakes: (N, 2, 5), or None.
 
         Careful when you edit this: on CUDA it runs a few times, is then captured as a CUDA graph,
         and from then on only replayed. Python numbers keep the value they had at the capture, and
@@ -352,8 +352,8 @@ class Trainer:
         with autocast(self.device, self.dtype):
             fakes = self.ddp_generator(latents)
         if changes is not None:  # not in half precision, in which pixels would be rounded
-            reals = augment(reals, changes[0])
-            fakes = augment(fakes, changes[1])
+            reals = augment(reals, changes[:, 0])
+            fakes = augment(fakes, changes[:, 1])
         with autocast(self.device, self.dtype):
             real_logits = self.ddp_discriminator(reals)
             fake_logits = self.ddp_discriminator(fakes.detach())
@@ -1100,7 +1100,7 @@ class Batches:
             flips = torch.rand(BATCH_SIZE, 1, 1, 1, **numbers) < 0.5 * MIRROR
             changes = []
             if self.augment:
-                chance = torch.rand(2, BATCH_SIZE, 6, **numbers)[:, mine]
+                chance = torch.rand(BATCH_SIZE, 2, 6, **numbers)[mine]
                 changes.append((2 * chance[..., 1:] - 1) * (chance[..., :1] < self.augment))
             faces = self.faces.index_select(0, batches[step][mine])
             if self.device.type == "cuda" and not faces.is_cuda:
@@ -1536,7 +1536,6 @@ def animation_frame(path):
 # ---------------------------------------------------------------------------------------- training
 
 MEASURE_EVERY = 25_000  # images; one measurement takes as long as training on about 500
-MOST_GRIDS = 100  # grids of samples that a run of thousands of short epochs keeps
 # Steps after which faces are good, by IMAGE_SIZE; after a quarter of them, they are crude. Measured
 # at 32 and 64 pixels.
 STEPS_NEEDED = {32: 3_000, 64: 6_000, 128: 12_000, 256: 24_000}
@@ -1758,7 +1757,7 @@ class Run:
                     bar.update()
 
                 last = self.step == steps
-                row_due = self.row_due(last)
+                row_due = last or self.step % LOG_EVERY == 0
                 if row_due:
                     self.report(self.log(), bar)
                 if should_stop(signals, self.trainer.device, row_due):
@@ -1766,15 +1765,6 @@ class Run:
                 if not last and self.save_due(60 * CHECKPOINT_MINUTES):
                     self.save_and_draw()
         return True
-
-    def row_due(self, last):
-        """Whether metrics.csv gets a row: each LOG_EVERY steps, and at the end of an epoch.
-
-        Only epochs whose samples are kept count: others may have a single step.
-        """
-        before = self.metrics.rows[-1].images if self.metrics.rows else 0
-        steps = (self.trainer.images - before) // BATCH_SIZE
-        return steps >= LOG_EVERY or (last and self.grid_due(self.epoch + 1))
 
     def log(self):
         """Add the means since the last row to metrics.csv. Returns them as a Row.
@@ -1848,7 +1838,7 @@ class Run:
             summaries = ", ".join(row.summary() for row in news)
             say(f"epoch {self.epoch}/{EPOCHS}: {summaries}")
         if self.trainer.images > 10_000:  # before that, nothing is wrong yet
-            first = self.epoch - self.grid_stride()
+            first = self.epoch - self.grid_stride(self.epoch)
             rows = [row for row in self.metrics.rows if row.epoch > first]
             share = diversity(fakes) / (diversity(self.reals) or 1)
             for line in advice(rows, share):
@@ -1856,12 +1846,15 @@ class Run:
 
     def grid_due(self, epoch):
         """Whether the samples after this epoch are kept, by `grid_stride`."""
-        return epoch == EPOCHS or epoch % self.grid_stride() == 0
+        return epoch == EPOCHS or epoch % self.grid_stride(epoch) == 0
 
-    def grid_stride(self):
-        """Epochs from one kept grid to the next: 1, unless they are many and short."""
+    def grid_stride(self, epoch):
+        """Epochs between two kept grids of samples: 1, but more when epochs are many and short.
+
+        A small set needs thousands of them. From epoch 32 on it is 2, from 64 on 4, and so on.
+        """
         images = self.batches.steps * BATCH_SIZE  # per epoch
-        return math.ceil(min(EPOCHS / MOST_GRIDS, MEASURE_EVERY / images))
+        return min(2 ** max(0, epoch.bit_length() - 5), math.ceil(MEASURE_EVERY / images))
 
     def sample(self):
         """Images (64, 3, H, W) in [0, 1] of the fixed noise, saved and, in a notebook, shown.
@@ -2318,11 +2311,12 @@ def unpack_all(archives, folder):
     """Unpack the images of `archives` into `folder`. Raises UserError if they are damaged."""
     images = 0
     for number, archive in enumerate(archives):  # several of them may have the same name
-        say(f"unpacking {archive}")
         try:
-            images += unpack(archive, folder / str(number))
+            count, others = unpack(archive, folder / str(number))
         except UserError as error:
             raise UserError(f"{archive}: {error}; get it again, or unpack it yourself") from None
+        say(f"unpacked {plural(count, 'image')} of {archive}{left_out(others)}")
+        images += count
     if images == 0:
         names = ", ".join(map(str, archives))
         raise UserError(f"{names} holds no image that can be read; change DATA_DIR")
@@ -2420,7 +2414,8 @@ def fetch_celeba(downloads, folder):
         failed, failure = run_kaggle(["download", "--quiet"], archive, anonymous)
         if not failed:
             try:
-                if unpack(archive, folder):
+                images, _ = unpack(archive, folder)
+                if images:
                     return
                 raise SystemFailure(
                     f"{KAGGLE_DATASET} has no images; choose another KAGGLE_DATASET, or look into "
@@ -2515,9 +2510,10 @@ def file_size(path):
 
 
 def unpack(archive, folder):
-    """Unpack the images of an archive, and nothing else, into `folder`. Returns their number.
+    """Unpack the images of an archive, and nothing else, into `folder`.
 
-    Raises UserError, which begins with "not unpacked", if the archive is damaged.
+    Returns their number, and a Counter of the other files by extension. Raises UserError, which
+    begins with "not unpacked", if the archive is damaged.
     """
     with damage_errors("not unpacked"), zipfile.ZipFile(archive) as source:
         members = [
@@ -2526,18 +2522,16 @@ def unpack(archive, folder):
             if not hidden(member.filename)
             and (IMAGE_NAME.search(member.filename) or opens(source.open(member)))
         ]
-        kinds = Counter(Path(member.filename).suffix.lower() for member in source.infolist())
-        kinds -= Counter(Path(member.filename).suffix.lower() for member in members)
-        del kinds[""]  # folders
-        if kinds:
-            say(f"{archive}{left_out(kinds)}")
+        others = Counter(Path(member.filename).suffix.lower() for member in source.infolist())
+        others -= Counter(Path(member.filename).suffix.lower() for member in members)
+        del others[""]  # folders
         with disk_errors(folder):
             make_folder(folder)
         need_space(folder, sum(member.file_size for member in members), "unpacking")
         for member in progress_bar(members, len(members), "unpacking", " images"):
             with disk_errors(folder):
                 source.extract(member, folder)  # never outside of the folder
-    return len(members)
+    return len(members), others
 
 
 # The settings that --demo changes.

@@ -653,12 +653,12 @@ def test_a_share_of_the_images_is_changed_and_the_rest_is_as_without(numbered, s
     steps = [step for epoch in range(20) for step in make().epoch(epoch)]
     assert same([step[:3] for step in steps], plain)
     if share:
-        changes = torch.cat([changes for *_, changes in steps], 1)
-        assert changes.shape == (2, 960, 5) and changes.abs().max() <= 1
+        changes = torch.cat([changes for *_, changes in steps])
+        assert changes.shape == (960, 2, 5) and changes.abs().max() <= 1
         changed = changes.ne(0).all(2)
         assert torch.equal(changed, changes.ne(0).any(2))  # all of an image, or nothing
         assert changed.float().mean().item() == pytest.approx(share, abs=0.04)
-        assert not torch.equal(*changes)  # reals and fakes: each their own
+        assert not torch.equal(*changes.unbind(1))  # reals and fakes: each their own
 
 
 def test_the_fewer_images_there_are_the_more_are_changed(numbered):

@@ -280,12 +280,12 @@ def zipped(path, faces, **more):
 def test_a_zip_is_unpacked_once_into_the_folder_with_its_name(tiny, workplace, capsys):
     path = zipped(workplace / "my photos.ZIP", workplace / "faces", notes="", __MACOSX_x="")
     said = train(tiny, capsys, "--data-dir", path, "--epochs", 1)
-    assert said.startswith(f"unpacking {path}") and "40 images" in said
+    assert said.startswith(f"unpacked 40 images of {path}") and "; 40 images, " in said
     unpacked = [file for file in (workplace / "my photos").rglob("*") if file.is_file()]
     assert sorted(file.name for file in unpacked) == sorted(os.listdir(workplace / "faces"))
     path.unlink()
     said = train(tiny, capsys, "--data-dir", path, "--epochs", 2)
-    assert "unpacking" not in said and "resuming from" in said
+    assert "unpacked" not in said and "resuming from" in said
     assert f"using the images in {workplace / 'my photos'}; to unpack {path} again" in said
 
 

@@ -229,12 +229,12 @@ def test_the_discriminator_sees_reals_and_fakes_changed_and_the_generator_learns
     made = trainer(tiny, LEARNING_RATE=0)
     generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
     faces, flips, latents = batch()
-    changes = torch.rand(2, 8, 5) * 2 - 1
+    changes = torch.rand(8, 2, 5) * 2 - 1
     made.step(faces, flips, latents, changes)
 
     reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
-    fakes = tiny.augment(generator(latents), changes[1])
-    real, fake = discriminator(tiny.augment(reals, changes[0])), discriminator(fakes.detach())
+    fakes = tiny.augment(generator(latents), changes[:, 1])
+    real, fake = discriminator(tiny.augment(reals, changes[:, 0])), discriminator(fakes.detach())
     loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
     loss_d.backward()
     of_d = [p.grad.clone() for p in discriminator.parameters()]
