@@ -333,7 +333,7 @@ class Trainer:
         first = self.discriminator.layers[0].weight
         first[:, 1:] = first[:, :1]
 
-    def step(self, faces, flips, latents, changes=None, with_penalty=False):
+    def step(self, faces, flips, latents, with_penalty=False, changes=None):
         """One step of the discriminator, then one of the generator, on the same fakes.
 
         `faces`: uint8 (N, 3, H, W); `flips`, which of them to mirror: bool (N, 1, 1, 1); `latents`,
@@ -377,6 +377,11 @@ class Trainer:
         values = torch.stack([loss_d, loss_g, d_real, d_fake, self.one]).detach()
         self.totals += sum_over_processes(values)  # in every step: a checkpoint may follow
 
+    def step_on(self, batch, with_penalty):
+        """`step` on a batch of `Batches`, which may have no changes."""
+        faces, flips, latents, *changes = batch
+        self.step(faces, flips, latents, with_penalty, *changes)
+
     def gradient_penalty(self, reals):
         """R1: the mean squared norm of the gradient of the discriminator's logit at real images.
 
@@ -401,7 +406,7 @@ class Trainer:
         if with_penalty:  # the only use of BatchNorm's running statistics in training
             broadcast_batchnorm(self.discriminator)
         if self.graph is None:
-            self.step(*batch, with_penalty=with_penalty)
+            self.step_on(batch, with_penalty)
         else:
             self.graph.step(batch, with_penalty)
         self.images += BATCH_SIZE
@@ -622,7 +627,7 @@ class StepGraph:
             self.eager_steps[with_penalty] -= 1
             self.stream.wait_stream(stream)
             with torch.cuda.stream(self.stream):
-                self.trainer.step(*batch, with_penalty=with_penalty)
+                self.trainer.step_on(batch, with_penalty)
             stream.wait_stream(self.stream)
             return
         try:
@@ -636,7 +641,7 @@ class StepGraph:
             torch.backends.cudnn.benchmark = False
             self.trainer.graph = None
             self.trainer.abandon_step()
-            self.trainer.step(*batch, with_penalty=with_penalty)
+            self.trainer.step_on(batch, with_penalty)
             return
         for static, new in zip(self.inputs, batch):
             static.copy_(new)
@@ -648,7 +653,7 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         self.trainer.abandon_step()  # the graph must allocate gradients of its own
         with torch.cuda.graph(graph, self.memory, self.stream):
-            self.trainer.step(*self.inputs, with_penalty=with_penalty)
+            self.trainer.step_on(self.inputs, with_penalty)
         self.graphs[with_penalty] = graph
 
 

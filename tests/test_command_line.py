@@ -119,7 +119,7 @@ def test_every_flag_sets_its_constant_for_the_run_and_main_puts_it_back(workplac
     given |= {"KAGGLE_DATASET": "some/where", "EPOCHS": 1, "LOG_EVERY": 3, "SEED": 7}
     given |= {"LEARNING_RATE": 1e-3, "D_LEARNING_RATE": 2e-4, "BETA1": 0.4, "BETA2": 0.99}
     given |= {"WEIGHT_DECAY": 0.02, "REAL_LABEL": 0.9, "R1_GAMMA": 0.02, "AVERAGE_SHARE": 0.2}
-    given |= {"CHECKPOINT_MINUTES": 0.5, "SKIP_BROKEN": True}
+    given |= {"CHECKPOINT_MINUTES": 0.5, "SKIP_BROKEN": True, "MIRROR": False, "AUGMENT": 0.5}
     assert given.keys() == SETTINGS.keys()
     before = dcgan.setting_values()
     assert not [name for name in given.keys() - TINY.keys() if given[name] == before[name]]
@@ -187,7 +187,7 @@ def test_a_wrong_value_is_refused_as_flag_and_as_assignment(workplace, monkeypat
                 dcgan.train()
             with pytest.raises(ValueError, match=name):
                 dcgan.generate_images()
-    others = [] if name == "SKIP_BROKEN" else [True]
+    others = [] if name in ("SKIP_BROKEN", "MIRROR") else [True]
     for value in (*others, [1], *([] if name in OPTIONAL else [None])):
         with monkeypatch.context() as patch:
             patch.setattr(dcgan, name, value)

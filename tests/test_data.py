@@ -613,7 +613,7 @@ def test_batches_follow_from_seed_epoch_and_step_alone(numbered):
     assert not same(*whole)
     dcgan.SEED = 1
     assert not same(list(make().epoch(0)), whole[0])
-    latents = torch.cat([latent for epoch in whole for *_, latent in epoch])
+    latents = torch.cat([latent for epoch in whole for _, _, latent, *_ in epoch])
     assert len(latents.unique(dim=0)) == 96
     assert latents.std().item() == pytest.approx(1, abs=0.1)
 

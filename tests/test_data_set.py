@@ -285,7 +285,7 @@ def test_a_zip_is_unpacked_once_into_the_folder_with_its_name(tiny, workplace, c
     assert sorted(file.name for file in unpacked) == sorted(os.listdir(workplace / "faces"))
     path.unlink()
     said = train(tiny, capsys, "--data-dir", path, "--epochs", 2)
-    assert "unpacked" not in said and "resuming from" in said
+    assert "unpacked 40" not in said and "resuming from" in said
     assert f"using the images in {workplace / 'my photos'}; to unpack {path} again" in said
 
 

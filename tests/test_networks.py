@@ -230,7 +230,7 @@ def test_the_discriminator_sees_reals_and_fakes_changed_and_the_generator_learns
     generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
     faces, flips, latents = batch()
     changes = torch.rand(8, 2, 5) * 2 - 1
-    made.step(faces, flips, latents, changes)
+    made.step(faces, flips, latents, changes=changes)
 
     reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
     fakes = tiny.augment(generator(latents), changes[:, 1])

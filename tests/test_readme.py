@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, RUN_FILES, SCRIPT, TINY, dcgan, draw_faces, flags, free_port, run
+from conftest import ROOT, RUN_FILES, SCRIPT, dcgan, draw_faces, flags, free_port
 from kaggle_server import serving
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -168,21 +168,6 @@ def test_a_command_does_in_a_shell_what_is_said_of_it(newcomer, words, left):
         said(newcomer.types(command))
     assert left is None or (folder / left).exists()
     assert "nohup" not in line or "finished" in (folder / left).read_text()
-
-
-CELLS = [cell for cell in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "hub" in cell]
-
-
-@pytest.mark.parametrize("cell", CELLS, ids=["Colab", "Kaggle"])
-def test_a_notebooks_cells_train_on_what_the_real_kagglehub_downloads(newcomer, tmp_path, cell):
-    tiny = "".join(f"dcgan.{name} = {value!r}\n" for name, value in (TINY | {"EPOCHS": 1}).items())
-    cell = cell.replace("import dcgan\n", f"import dcgan\n{tiny}dcgan.CACHE_DIR = 'cache'\n")
-    cell = cell.replace("/content/drive/MyDrive/dcgan", "output").replace("/tmp/cache", "cache")
-    shutil.copy(SCRIPT, tmp_path)  # the upload
-    environment = newcomer.environment | {"KAGGLEHUB_CACHE": str(tmp_path / "hub")}
-    done = run(cwd=tmp_path, env=environment, program=["-c", cell])
-    assert done.returncode == 0 and "40 images" in done.stdout, done
-    assert (tmp_path / "output/generated.png").exists()
 
 
 def test_what_uv_installs_is_what_pip_installs():
