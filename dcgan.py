@@ -1859,7 +1859,8 @@ class Run:
         A small set needs thousands of them. From epoch 32 on it is 2, from 64 on 4, and so on.
         """
         images = self.batches.steps * BATCH_SIZE  # per epoch
-        return min(2 ** max(0, epoch.bit_length() - 5), math.ceil(MEASURE_EVERY / images))
+        longest = max(1, math.ceil(MEASURE_EVERY / images))
+        return min(2 ** max(0, epoch.bit_length() - 5), longest)
 
     def sample(self):
         """Images (64, 3, H, W) in [0, 1] of the fixed noise, saved and, in a notebook, shown.
