@@ -135,6 +135,7 @@ SKIP_BROKEN = False  # many broken images may mean that a download or a disk has
 LATENT_SIZE = 100  # as in the paper
 G_FEATURES = 64  # as in the paper; layers farther from the image have more
 D_FEATURES = 64  # as in the paper; fewer make the discriminator weaker
+ATTRIBUTES = None  # as in the paper; Male,Smiling lets you choose them for each face you generate
 
 # Training
 EPOCHS = 20  # enough for CelebA; a higher number continues a finished run
@@ -184,7 +185,10 @@ def layer_widths(features, image_size):
 
 
 class Generator(nn.Module):
-    """Noise (N, latent_size, 1, 1) to images (N, 3, S, S) in [-1, 1]. Shapes are for 64 pixels."""
+    """Noise (N, latent_size, 1, 1) to images (N, 3, S, S) in [-1, 1]. Shapes are for 64 pixels.
+
+    With attributes, their labels are part of the noise: 1 for what the face shall have, else -1.
+    """
 
     def __init__(self, image_size, latent_size, features):
         super().__init__()
@@ -202,9 +206,14 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, 3, S, S) in [-1, 1] to logits (N,), whose sigmoid is the probability of "real"."""
+    """Images (N, 3, S, S) in [-1, 1] to logits (N,), whose sigmoid is the probability of "real".
 
-    def __init__(self, image_size, features):
+    With attributes, it also has a logit for each of them, and the product of these with the
+    image's labels (N, A) is added ("projection discriminator", Miyato, Koyama 2018,
+    https://arxiv.org/abs/1802.05637). So an image that does not fit its labels is a fake.
+    """
+
+    def __init__(self, image_size, features, attributes=0):
         super().__init__()
         widths = layer_widths(features, image_size)
         layers = [nn.Conv2d(3, widths[0], 4, 2, 1)]  # (N, 64, 32, 32)
@@ -213,12 +222,15 @@ class Discriminator(nn.Module):
             # in turn (N, 128, 16, 16), (N, 256, 8, 8), (N, 512, 4, 4)
             layers += [nn.Conv2d(outer, inner, 4, 2, 1, bias=False)]
             layers += [nn.BatchNorm2d(inner), nn.LeakyReLU(0.2, inplace=True)]
-        layers += [nn.Conv2d(widths[-1], 1, 4, 1, 0), nn.Flatten(0)]  # (N, 1, 1, 1), (N,)
+        layers += [nn.Conv2d(widths[-1], 1 + attributes, 4, 1, 0), nn.Flatten()]  # (N, 1 + A)
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
 
-    def forward(self, images):
-        return self.layers(images)
+    def forward(self, images, labels=None):
+        logits = self.layers(images)
+        if logits.shape[1] > 1:
+            logits = logits[:, 0] + (labels * logits[:, 1:]).sum(1)
+        return logits.flatten()
 
 
 def init_weights(module):
@@ -230,9 +242,19 @@ def init_weights(module):
         nn.init.zeros_(module.bias)
 
 
+NO_LABELS = torch.zeros(1, 0, dtype=torch.int8)  # a row of labels without attributes
+
+
+def with_labels(noise, labels):
+    """What a generator draws from: noise (N, z, 1, 1), and labels (N, A) as further channels."""
+    if labels.shape[-1] == 0:
+        return noise
+    return torch.cat([noise, labels[..., None, None].to(noise.dtype)], -3)
+
+
 @torch.no_grad()
 def images_from(generator, latents, dtype):
-    """Images (N, 3, H, W) in [0, 1] from the noise `latents` (N, z, 1, 1), on the same device."""
+    """Images (N, 3, H, W) in [0, 1] from `latents` (N, z + A, 1, 1), on the same device."""
     with autocast(latents.device, dtype):
         images = generator(latents)
     return images.float().add(1).div(2).clamp(0, 1)
@@ -244,9 +266,9 @@ def build_generator(state):
     It is on the CPU. Raises RuntimeError if its weights do not fit the settings saved with them.
     """
     settings, weights = state["settings"], state["average"]
-    sizes = [settings[name] for name in ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES")]
+    size, noise, features = (settings[n] for n in ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES"))
     with torch.device("meta"):  # takes no memory: a bad file could ask for a huge network
-        generator = Generator(*sizes)
+        generator = Generator(size, noise + len(state["attributes"]), features)
     # A plain dict has no _metadata, in which PyTorch would keep `assign` for later loads.
     generator.load_state_dict(dict(weights), assign=True)
     return generator.float().eval().requires_grad_(False)
@@ -297,12 +319,15 @@ class Trainer:
     optimizers = ("generator_optimizer", "discriminator_optimizer")
     saved = (*networks, *optimizers, "images", "totals")
 
-    def __init__(self, device, dtype):
+    def __init__(self, device, dtype, labels=NO_LABELS):
+        """`labels`: (M, A), those of some training images."""
         self.device = device
         self.dtype = dtype
+        self.labels = labels
+        attributes = labels.shape[1]
         torch.manual_seed(seed_for("weights"))
-        self.generator = Generator(IMAGE_SIZE, LATENT_SIZE, G_FEATURES)
-        self.discriminator = Discriminator(IMAGE_SIZE, D_FEATURES)
+        self.generator = Generator(IMAGE_SIZE, LATENT_SIZE + attributes, G_FEATURES)
+        self.discriminator = Discriminator(IMAGE_SIZE, D_FEATURES, attributes)
         # Before the optimizers see them: fused AdamW is silently wrong where weights and moments
         # differ in memory format.
         for network in (self.generator, self.discriminator):
@@ -336,8 +361,9 @@ class Trainer:
     def step(self, faces, flips, latents, with_penalty=False, changes=None):
         """One step of the discriminator, then one of the generator, on the same fakes.
 
-        `faces`: uint8 (N, 3, H, W); `flips`, which of them to mirror: bool (N, 1, 1, 1); `latents`,
-        the noise: (N, z, 1, 1); `changes` by `augment` of reals and fakes: (N, 2, 5), or None.
+        `faces`: uint8 (N, 3, H, W); `flips`, which of them to mirror: bool (N, 1, 1, 1); `latents`:
+        noise, and the labels of the faces, which the fakes get as well: (N, z + A, 1, 1);
+        `changes` by `augment` of reals and fakes: (N, 2, 5), or None.
 
         Careful when you edit this: on CUDA it runs a few times, is then captured as a CUDA graph,
         and from then on only replayed. Python numbers keep the value they had at the capture, and
@@ -346,28 +372,29 @@ class Trainer:
         reals = torch.where(flips, faces.flip(3), faces)
         layout = memory_format(self.device)
         reals = reals.to(torch.float32, memory_format=layout).mul_(2 / 255).sub_(1)
+        labels = latents[:, LATENT_SIZE:].flatten(1)
 
-        # Discriminator: minimise -log D(x) - log(1 - D(G(z))). Two calls, so that reals and fakes
-        # are each normalised by their own statistics.
+        # Discriminator: minimise -log D(x) - log(1 - D(G(z))).
         with autocast(self.device, self.dtype):
             fakes = self.ddp_generator(latents)
         if changes is not None:  # not in half precision, in which pixels would be rounded
             reals = augment(reals, changes[:, 0])
             fakes = augment(fakes, changes[:, 1])
+        # Two calls, so that reals and fakes are each normalised by their own statistics.
         with autocast(self.device, self.dtype):
-            real_logits = self.ddp_discriminator(reals)
-            fake_logits = self.ddp_discriminator(fakes.detach())
+            real_logits = self.ddp_discriminator(reals, labels)
+            fake_logits = self.ddp_discriminator(fakes.detach(), labels)
         loss_d = bce(real_logits, REAL_LABEL) + bce(fake_logits, 0.0)
         penalty = 0.0
         if with_penalty:
-            penalty = R1_INTERVAL * R1_GAMMA / 2 * self.gradient_penalty(reals)
+            penalty = R1_INTERVAL * R1_GAMMA / 2 * self.gradient_penalty(reals, labels)
         self.discriminator_optimizer.step(loss_d + penalty)
 
         # Generator: minimise -log D(G(z)), judged by the updated discriminator. This needs no
         # gradients of the discriminator's weights, so that is called without its DDP wrapper.
         self.discriminator.requires_grad_(False)
         with autocast(self.device, self.dtype):
-            judged = self.discriminator(fakes)
+            judged = self.discriminator(fakes, labels)
         loss_g = bce(judged, 1.0)
         self.generator_optimizer.step(loss_g)
         self.discriminator.requires_grad_(True)
@@ -382,7 +409,7 @@ class Trainer:
         faces, flips, latents, *changes = batch
         self.step(faces, flips, latents, with_penalty, *changes)
 
-    def gradient_penalty(self, reals):
+    def gradient_penalty(self, reals, labels=None):
         """R1: the mean squared norm of the gradient of the discriminator's logit at real images.
 
         It keeps the discriminator from being too sure (Mescheder, Geiger, Nowozin 2018,
@@ -393,7 +420,7 @@ class Trainer:
         reals = reals.detach().requires_grad_()
         self.discriminator.eval()
         with autocast(self.device, self.dtype):
-            logits = self.discriminator(reals).float()
+            logits = self.discriminator(reals, labels).float()
         self.discriminator.train()
         # Not of logits.sum(), whose expanded gradient is wrong on a Mac (PyTorch issue 180201).
         ones = torch.ones_like(logits)
@@ -425,12 +452,12 @@ class Trainer:
     def averaged_generator(self):
         """The average with up-to-date BatchNorm statistics: ready to draw or to save."""
         if self.refreshed_at != self.images:
-            refresh_batchnorm(self.average)
+            refresh_batchnorm(self.average, self.labels)
             self.refreshed_at = self.images
         return self.average
 
     def draw(self, latents):
-        """Images (N, 3, H, W) in [0, 1] by the averaged generator, from noise (N, z, 1, 1)."""
+        """Images (N, 3, H, W) in [0, 1] by the averaged generator, from (N, z + A, 1, 1)."""
         return images_from(self.averaged_generator(), latents.to(self.device), self.dtype)
 
     def take_means(self):
@@ -449,16 +476,19 @@ class Trainer:
         self.discriminator.train().requires_grad_(True)
 
 
-def refresh_batchnorm(generator):
+def refresh_batchnorm(generator, labels=NO_LABELS):
     """Compute BatchNorm's statistics from the weights, on 16 batches of noise with a fixed seed.
+
+    `labels`: (M, A), those of some training images.
 
     Averaging the statistics would be wrong: averaged weights produce smaller activations than the
     weights they average, and faces would come out smooth and pale. Returns `generator`.
     """
     rng = torch.Generator().manual_seed(0)
-    latent_size = generator.layers[0].in_channels
+    latent_size = generator.layers[0].in_channels - labels.shape[1]
     noise = torch.randn(16, 64, latent_size, 1, 1, generator=rng)
-    update_bn(noise, generator, next(generator.parameters()).device)  # iterates over batches
+    latents = with_labels(noise, labels[torch.randint(len(labels), (16, 64), generator=rng)])
+    update_bn(latents, generator, next(generator.parameters()).device)  # iterates over batches
     return generator
 
 
@@ -811,7 +841,7 @@ def list_images(folder, others):
             # A broken link is listed, too, so that decoding reports it.
             status = os.stat(path, follow_symlinks=os.path.exists(path))
             yield relative, status.st_size, status.st_mtime_ns
-        else:
+        elif os.path.basename(relative) != ATTRIBUTE_FILE:
             others[os.path.splitext(relative)[1].lower() or "without extension"] += 1
 
 
@@ -891,8 +921,11 @@ def as_shown(image):
 DECODER = "centre square, bilinear, transparency on white, high depths by their range"
 
 
-def find_faces(folder, image_size):
-    """The images in `folder`, a Path, as a FaceFolder. Raises UserError if there are none."""
+def find_faces(folder, image_size, attributes=None):
+    """The images in `folder`, a Path, as a FaceFolder, with labels if `attributes` is not None.
+
+    Raises UserError if there are none.
+    """
     others = Counter()
     with disk_errors(folder):
         images = sorted(list_images(folder, others)) if folder.is_dir() else []
@@ -902,7 +935,77 @@ def find_faces(folder, image_size):
             "them, or change DATA_DIR (--data-dir)"
         )
     others["beyond MAX_IMAGES"] = len(images[MAX_IMAGES:]) if MAX_IMAGES else 0
-    return FaceFolder(folder, images[:MAX_IMAGES], image_size, others)
+    images = images[:MAX_IMAGES]
+    if attributes is None:
+        return FaceFolder(folder, images, image_size, others)
+    known, rows = read_labels(folder, [name for name, *_ in images], attributes)
+    labels = np.where(list(rows.values()), np.int8(1), np.int8(-1))
+    shares = [f"{name} {share:.0%}" for name, share in zip(known, (labels > 0).mean(0))]
+    say("attributes: " + ", ".join(shares))
+    images = [image for image in images if image[0] in rows]
+    return FaceFolder(folder, images, image_size, others, known, labels)
+
+
+ATTRIBUTE_FILE = "list_attr_celeba.csv"
+
+
+def read_labels(folder, names, attributes):
+    """The labels of the images `names` in `folder`: ([attribute], {name: [whether it has it]}).
+
+    They come from the names of subfolders, or from ATTRIBUTE_FILE, which is in the folder of the
+    images or above it. Images without labels are left out. Raises UserError.
+    """
+    place = folder / os.path.commonpath([os.path.dirname(name) for name in names])
+    if attributes == "folders":
+        parts = {name: (folder / name).relative_to(place).parts for name in names}
+        kinds = {name: inner[0] for name, inner in parts.items() if len(inner) > 1}
+        known = sorted(set(kinds.values()))
+        listed = f"is in a subfolder of {place}"
+        rows = {name: [kind == own for kind in known] for name, own in kinds.items()}
+    else:
+        known = list(dict.fromkeys(attributes.split(",")))
+        paths = [above / ATTRIBUTE_FILE for above in (place, *place.parents)]
+        path = next(filter(Path.is_file, paths), None)
+        if path is None:
+            raise UserError(
+                f"ATTRIBUTES is {attributes}, but there is no {ATTRIBUTE_FILE} in {folder}; put "
+                "CelebA's there, or your own: image_id,Smiling,Male and rows such as 1.jpg,1,-1"
+            )
+        listed = f"has a row in {path}"
+        table = read_attributes(path, known)
+        found = {name: table.get(os.path.basename(name)) for name in names}
+        rows = {name: row for name, row in found.items() if row}
+    missing = [name for name in names if name not in rows]
+    if not rows:
+        raise UserError(f"ATTRIBUTES is {attributes}, but no image {listed}")
+    if missing:
+        some = ", ".join(missing[:3])
+        say(f"left out {plural(len(missing), 'image')}, of which none {listed}: {some} …")
+    return known, rows
+
+
+def read_attributes(path, known):
+    """{image: [whether it has each of the `known` attributes]} from a table like CelebA's."""
+    with damage_errors(f"{path} is damaged"), disk_errors(path):
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.reader(file)
+            header = next(table, [])
+            columns = [header.index(name) for name in known if name in header]
+            rows = {row[0]: [float(row[column]) > 0 for column in columns] for row in table if row}
+    for name in known:
+        attribute_index(name, header[1:], path)
+    return rows
+
+
+def attribute_index(name, known, owner):
+    """The place of an attribute in `known`. Raises UserError with the nearest ones."""
+    if name in known:
+        return known.index(name)
+    close = difflib.get_close_matches(name, known)
+    hint = (
+        f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known) or 'none'}"
+    )
+    raise UserError(f"{owner} has no attribute {name}; {hint}")
 
 
 def left_out(others):
@@ -922,9 +1025,12 @@ class FaceFolder(ImageFolder):
     other images or another size have another file.
     """
 
-    def __init__(self, folder, images, image_size, others=None):
+    def __init__(self, folder, images, image_size, others=None, attributes=(), labels=None):
         self.names = [name for name, *_ in images]
         self.others = others or Counter()  # kinds of files that are not used
+        self.attributes = list(attributes)
+        # Those of broken images are still among them.
+        self.labels = np.zeros((len(images), 0), np.int8) if labels is None else labels
         self.shape = (3, image_size, image_size)
         super().__init__(folder)
         about = f"{DECODER}, {image_size}"
@@ -984,11 +1090,15 @@ class FaceFolder(ImageFolder):
             with damage_errors(f"{self.cache} is damaged"), disk_errors(self.cache):
                 if not self.cache.exists():
                     return None
-                with quiet():  # that the file is read-only
-                    faces = torch.from_numpy(np.lib.format.open_memmap(self.cache, mode="r"))
-                if faces.dtype != torch.uint8 or faces.shape[1:] != self.shape:
+                images = np.lib.format.open_memmap(self.cache, mode="r")
+                if images.dtype != np.uint8 or images.shape[1:] != self.shape:
                     raise ValueError("it holds something else")
-                return faces
+                end = images.offset + images.nbytes
+                self.broken = np.fromfile(self.cache, np.int64, offset=end)
+                if self.attributes and len(images) + len(self.broken) != len(self):
+                    raise ValueError("it is from an earlier version")
+                with quiet():  # that the file is read-only
+                    return torch.from_numpy(images)
         except UserError as error:
             say(f"{error}; decoding the images again")
             return None
@@ -998,20 +1108,21 @@ class FaceFolder(ImageFolder):
 
         Raises UserError if they are too many.
         """
-        count, broken = len(self), []
+        count, broken = len(self), {}
         need_space(self.cache.parent, count * math.prod(self.shape), "decoding the images")
         bar = progress_bar(self.decode(), count, "decoding", " images")
         with replacing(self.cache) as file:
             self.write_header(file, count)
-            for item, name in zip(bar, self.names):
+            for number, (item, name) in enumerate(zip(bar, self.names)):
                 if isinstance(item, bytes):
                     file.write(item)
                     continue
-                broken.append(f"{os.path.join(self.root, name)!r}: {one_line(item)}")
+                broken[number] = f"{os.path.join(self.root, name)!r}: {one_line(item)}"
                 if len(broken) <= 10:
-                    say(f"skipped {broken[-1]}")
+                    say(f"skipped {broken[number]}")
             if broken:
-                self.report_broken(broken)
+                self.report_broken(broken.values())
+            file.write(np.array(list(broken), np.int64).tobytes())  # for `kept_labels`
             self.write_header(file, count - len(broken))
 
     def report_broken(self, broken):
@@ -1027,6 +1138,11 @@ class FaceFolder(ImageFolder):
                 "rest with --skip-broken"
             )
         say(text)
+
+    def kept_labels(self):
+        """The labels (N, A) of the images that `load` has returned."""
+        kept = np.delete(np.arange(len(self)), self.broken)
+        return torch.from_numpy(self.labels[kept])
 
     def write_header(self, file, count):
         """Write the start of the cache. Its length does not depend on `count`."""
@@ -1074,8 +1190,10 @@ class Batches:
     With several processes, each draws the numbers of the whole batch and takes its share of them.
     """
 
-    def __init__(self, faces, device):
+    def __init__(self, faces, device, labels=None):
+        """`faces`: (N, 3, H, W); `labels`: (N, A), or None without attributes."""
         self.faces = faces
+        self.labels = NO_LABELS.expand(len(faces), 0) if labels is None else labels
         self.device = device
         self.steps = len(faces) // BATCH_SIZE  # full batches only
         if self.steps == 0:
@@ -1085,6 +1203,7 @@ class Batches:
             )
         if device.type == "cuda" and faces.numel() < torch.cuda.mem_get_info(device)[0] / 2:
             self.faces = faces.to(device)
+        self.labels = self.labels.to(self.faces.device)
         self.augment = augment_share(len(faces)) if AUGMENT is None else AUGMENT
 
     def epoch(self, epoch, first_step=0):
@@ -1107,12 +1226,25 @@ class Batches:
             if self.augment:
                 chance = torch.rand(BATCH_SIZE, 2, 6, **numbers)[mine]
                 changes.append((2 * chance[..., 1:] - 1) * (chance[..., :1] < self.augment))
-            faces = self.faces.index_select(0, batches[step][mine])
-            if self.device.type == "cuda" and not faces.is_cuda:
-                # From pinned memory, the copy runs while the CPU continues. Only on CUDA: such
-                # copies to MPS fail or are wrong (PyTorch issues 86060 and 189690).
-                faces = faces.pin_memory().to(self.device, non_blocking=True)
-            yield faces.to(self.device), flips[mine], latents[mine], *changes
+            chosen = batches[step][mine]
+            faces, labels = (
+                self.on_device(tensor.index_select(0, chosen))
+                for tensor in (self.faces, self.labels)
+            )
+            yield faces, flips[mine], with_labels(latents[mine], labels), *changes
+
+    def on_device(self, tensor):
+        """`tensor`, moved to the device if it is not there."""
+        if self.device.type == "cuda" and not tensor.is_cuda:
+            # From pinned memory, the copy runs while the CPU continues. Only on CUDA: such
+            # copies to MPS fail or are wrong (PyTorch issues 86060 and 189690).
+            tensor = tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def latents(self, noise, chosen):
+        """`noise` (N, z, 1, 1) with the labels of the images `chosen`, repeated if too few."""
+        chosen = chosen[torch.arange(len(noise)) % len(chosen)]
+        return with_labels(noise, self.labels.cpu()[chosen])
 
     def reals(self, chosen):
         """The real images with the numbers `chosen`, (N, 3, H, W) in [0, 1], on the CPU."""
@@ -1244,13 +1376,14 @@ class Timer:
 
 # ------------------------------------------------------------------------------------- checkpoints
 
-NETWORK_SETTINGS = ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES", "D_FEATURES")
+NETWORK_SETTINGS = ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES", "D_FEATURES", "ATTRIBUTES")
 ORDER_SETTINGS = ("BATCH_SIZE", "SEED", "MAX_IMAGES")
 
 
 def generator_state(state, row):
     """What generator.pt holds: the averaged generator, what builds it, its data and its quality."""
-    small = {name: state[name] for name in ("epoch", "images", "average")}
+    names = ("epoch", "images", "average", "attributes", "labels")
+    small = {name: state[name] for name in names}
     small["settings"] = {name: state["settings"][name] for name in (*NETWORK_SETTINGS, "DATA_DIR")}
     small["distance"] = row.distance
     return small
@@ -1284,6 +1417,9 @@ def read_checkpoint(path):
             state[name] = parse(state[name], COUNT)
         folder = state["settings"].get("DATA_DIR", data_folder())  # old generator.pt have none
         state["settings"]["DATA_DIR"] = checked("DATA_DIR", folder)
+        state["attributes"] = list(map(str, state["attributes"]))
+        if state["labels"].size(0) == 0 or state["labels"].size(1) != len(state["attributes"]):
+            raise ValueError("its labels are damaged")
         build_generator(state)  # raises an error if the weights do not fit
     return state
 
@@ -1298,7 +1434,9 @@ def rename_old_fields(state):
         state["totals"] = torch.tensor([*state["totals"], state.pop("interval")])
     if "older" not in state:
         state |= {"older": 0, "data": None}  # its images had another kind of key
-    state["settings"].setdefault("AUGMENT", 0.0)
+    state["settings"] = {"AUGMENT": 0.0, "ATTRIBUTES": None} | state["settings"]
+    for name, value in {"attributes": [], "labels": NO_LABELS}.items():
+        state.setdefault(name, value)
 
 
 def newest_checkpoint():
@@ -1476,6 +1614,32 @@ def draw_comparison(epochs, reals, fakes, batches=None):
             axes.axis("off")
 
 
+def draw_attributes(draw, latents, names, exclusive):
+    """attributes.png: a row of faces for each of `latents` (N, z + A, 1, 1).
+
+    The first face has its own labels; for each of the A attributes, `names`, there is one without
+    and one with it. If the attributes are `exclusive`, there is only one with it, and no other.
+    """
+    columns = {"as drawn": latents}
+    for place, name in enumerate(names, start=-len(names)):
+        for sign, label in {"without": -1, "with": 1}.items():
+            changed = latents.clone()
+            if exclusive:
+                sign = "only"
+                changed[:, -len(names) :] = -1
+            changed[:, place] = label
+            columns[f"{sign} {name}"] = changed
+    images = torch.stack([draw(changed) for changed in columns.values()], 1)
+    side = images.shape[-1] + 2  # with the frame that `grid` draws
+    width = 0.8 * len(columns)
+    with figure_file("attributes.png", max(3, width), 0.8 * len(latents) + 1.5) as figure:
+        axes = figure.subplots()
+        axes.imshow(grid(images.flatten(0, 1), len(columns)))
+        axes.set_xticks([side * (i + 0.5) for i in range(len(columns))], columns, rotation=90)
+        axes.xaxis.tick_top()
+        axes.yaxis.set_visible(False)
+
+
 def draw_losses(steps, rows, quality):
     """losses.png from the rows of metrics.csv, raw and smoothed. `steps`: steps per epoch.
 
@@ -1575,16 +1739,19 @@ def train():
             check_networks(state["settings"])
         load_matplotlib()
         device = pick_device()
-        found = prepare_data(folder, IMAGE_SIZE)
+        found = prepare_data(folder, IMAGE_SIZE, attributes=ATTRIBUTES)
         if state:
-            check_data(state, found.key)
+            check_data(state, found)
         else:
             found.check_sizes()
         faces = found.load()
         if WORLD_SIZE > 1:
             images = f"{plural(len(faces), 'image')} {found.key[:8]}"
             state = connect_processes(state, images, device)
-        run = Run(Trainer(device, pick_dtype(device)), Batches(faces, device), found.key)
+        batches = Batches(faces, device, found.kept_labels())
+        some = torch.linspace(0, len(faces) - 1, min(len(faces), 4_096)).long()
+        trainer = Trainer(device, pick_dtype(device), batches.labels[some].cpu())
+        run = Run(trainer, batches, found)
         found.others["broken"] = len(found) - len(faces)
         run.announce(left_out(found.others))
         run.start(state)
@@ -1618,9 +1785,14 @@ def same_folder(state):
     return os.path.realpath(state["settings"]["DATA_DIR"]) == os.path.realpath(data_folder())
 
 
-def check_data(state, key):
-    """Raise UserError if a checkpoint's run has another DATA_DIR, with other images."""
-    if state.get("data") not in (None, key) and not same_folder(state):
+def check_data(state, found):
+    """Raise UserError if a checkpoint's run has other attributes, or another set of images."""
+    if state["attributes"] != found.attributes:
+        raise UserError(
+            f"{data_folder()} holds folders of {', '.join(found.attributes)}, but the run in "
+            f"{OUTPUT_DIR} knows {', '.join(state['attributes'])}; choose another OUTPUT_DIR"
+        )
+    if state.get("data") not in (None, found.key) and not same_folder(state):
         raise UserError(
             f"{OUTPUT_DIR} holds a run on the images in {state['settings']['DATA_DIR']}, and "
             f"{data_folder()} holds different ones; set DATA_DIR back, or choose another OUTPUT_DIR"
@@ -1632,10 +1804,11 @@ class Run:
 
     saved = ("epoch", "step", "fixed_noise", "metrics", "quality", "older")
 
-    def __init__(self, trainer, batches, data_key):
+    def __init__(self, trainer, batches, found):
         self.trainer = trainer
         self.batches = batches
-        self.data_key = data_key
+        self.data_key = found.key
+        self.attributes = found.attributes
         self.epoch = 0  # finished epochs
         self.step = 0  # steps done in the next one
         self.metrics = Table("metrics.csv", Row)
@@ -1643,10 +1816,12 @@ class Run:
         self.older = 0  # rows of it that come from other images than today's
         self.better = None  # a `generator_state` that is to be written
         rng = torch.Generator().manual_seed(seed_for("samples"))
-        # All samples are drawn from this noise.
-        self.fixed_noise = torch.randn(64, LATENT_SIZE, 1, 1, generator=rng)
+        noise = torch.randn(64, LATENT_SIZE, 1, 1, generator=rng)
         rng.manual_seed(seed_for("reals"))
-        self.reals = batches.reals(torch.randperm(len(batches.faces), generator=rng)[:64])
+        chosen = torch.randperm(len(batches.faces), generator=rng)[:64]
+        self.reals = batches.reals(chosen)
+        # All samples are drawn from this noise, with the labels of those real images.
+        self.fixed_noise = batches.latents(noise, chosen)
         self.save_timer = Timer()
         self.picture_timer = Timer(due_at_once=True)
         self.reports = 0
@@ -1890,7 +2065,8 @@ class Run:
         rng = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(self.batches.faces), generator=rng)[: 2 * DISTANCE_IMAGES]
         reals, others = downscale(map(self.batches.reals, chosen.split(64))).chunk(2)
-        latents = torch.randn(len(reals), LATENT_SIZE, 1, 1, generator=rng)
+        noise = torch.randn(len(reals), LATENT_SIZE, 1, 1, generator=rng)
+        latents = self.batches.latents(noise, chosen)  # the first of them are those of `reals`
         # A generator that is not finite will not be saved.
         fakes = downscale(map(trainer.draw, latents.split(64))).nan_to_num()
         distance = face_distance(fakes, reals)
@@ -1950,6 +2126,10 @@ class Run:
             batches = map(self.batches.reals, numbers)
         attempt("real_vs_fake.png", draw_comparison, epochs, self.reals, fakes, batches)
         attempt("training.gif", draw_animation, self.epoch)
+        if self.attributes:
+            shown, exclusive = self.fixed_noise[:8], ATTRIBUTES == "folders"
+            draw = self.trainer.draw
+            attempt("attributes.png", draw_attributes, draw, shown, self.attributes, exclusive)
         if now and drawn and in_notebook():
             with Image.open(output_path("losses.png")) as picture:
                 show(picture)
@@ -1969,6 +2149,7 @@ class Run:
     def state_dict(self):
         settings = setting_values() | {"DATA_DIR": str(data_folder())}
         state = {"settings": settings, "data": self.data_key}
+        state |= {"attributes": self.attributes, "labels": self.trainer.labels}
         return state | saved_values(self) | saved_values(self.trainer)
 
 
@@ -2006,41 +2187,66 @@ ANIMATIONS = (".gif", ".webp")
 class TrainedGenerator:
     """The averaged generator in a checkpoint file, by default the best in OUTPUT_DIR.
 
-    `state` is what the file holds. Raises UserError if there is none, or if it is damaged.
+    `state` is what the file holds. With `attributes`, such as "Smiling,-Male", all faces have
+    Smiling and none has Male. Raises UserError if there is no file, or if it is damaged, and for
+    attributes that the generator does not know.
     """
 
-    def __init__(self, checkpoint=None):
+    def __init__(self, checkpoint=None, attributes=None):
         check_settings()
         path = checked("checkpoint", checkpoint) if checkpoint else find_checkpoint()
         self.state = read_checkpoint(path)
-        say(f"the generator of {path}, after epoch {self.state['epoch']}")
+        known = ", ".join(self.state["attributes"])
+        about = f"; attributes: {known}" if known else ""
+        say(f"the generator of {path}, after epoch {self.state['epoch']}{about}")
+        self.labels = self.state["labels"]
+        if attributes is not None:
+            self.choose_labels(checked("attributes", attributes), path)
         self.device = pick_device()
         self.dtype = pick_dtype(self.device)
         generator = build_generator(self.state)
         self.generator = generator.to(self.device, memory_format=memory_format(self.device))
 
-    def latents(self, number, seed):
-        """Yield noise (GENERATION_BATCH, z) for at least `number` images, on the CPU.
+    def choose_labels(self, attributes, path):
+        """Keep the labels of those training images that have the given attributes."""
+        wanted = torch.zeros_like(self.labels[0])
+        for name in attributes.split(","):
+            bare = name.removeprefix("-")
+            place = attribute_index(bare, self.state["attributes"], path)
+            wanted[place] = 1 if name == bare else -1
+        fit = (self.labels * wanted >= 0).all(1)
+        if not fit.any():
+            say(f"hardly any training image is {attributes}, so the images may look odd")
+            self.labels = self.labels.where(wanted == 0, wanted)
+        else:
+            self.labels = self.labels[fit]
 
+    def latents(self, number, seed, truncation=1.0):
+        """Yield (GENERATION_BATCH, z + A) for at least `number` images, on the CPU.
+
+        It is `truncation` × noise, and labels that training images have, in random order.
         If `seed` is None, a seed is chosen and printed.
         """
         if seed is None:
             seed = random.SystemRandom().randrange(10**6)
             say(f"seed {seed}")
-        rng = torch.Generator().manual_seed(checked("seed", seed))
+        seed = checked("seed", seed)
+        rng, label_rng = (torch.Generator().manual_seed(seed) for _ in range(2))
         size = self.state["settings"]["LATENT_SIZE"]
         for _ in range(0, number, GENERATION_BATCH):
-            yield torch.randn(GENERATION_BATCH, size, generator=rng)
+            noise = truncation * torch.randn(GENERATION_BATCH, size, generator=rng)
+            chosen = torch.randint(len(self.labels), (GENERATION_BATCH,), generator=label_rng)
+            yield torch.cat([noise, self.labels[chosen]], 1)
 
     def draw(self, latents):
-        """Images (N, 3, H, W) in [0, 1], on the CPU, from noise (N, z)."""
+        """Images (N, 3, H, W) in [0, 1], on the CPU, from noise and labels (N, z + A)."""
         latents = latents[:, :, None, None].to(self.device)
         return images_from(self.generator, latents, self.dtype).cpu()
 
     def images(self, number, seed, truncation=1.0):
         """Yield `number` new images (3, H, W) in [0, 1], on the CPU, from `truncation` × noise."""
-        for first, latents in enumerate(self.latents(number, seed)):
-            yield from self.draw(truncation * latents)[: number - first * GENERATION_BATCH]
+        for first, latents in enumerate(self.latents(number, seed, truncation)):
+            yield from self.draw(latents)[: number - first * GENERATION_BATCH]
 
 
 def find_checkpoint():
@@ -2052,26 +2258,29 @@ def find_checkpoint():
     raise UserError(f"no checkpoint in OUTPUT_DIR ({OUTPUT_DIR}); train first, or use --checkpoint")
 
 
-def new_images(num_images, seed, checkpoint, truncation):
+def new_images(num_images, seed, checkpoint, truncation, attributes):
     """An iterator over new images (3, H, W) in [0, 1], with a progress bar."""
     number = checked("num_images", num_images)
     truncation = checked("truncation", truncation)
-    images = TrainedGenerator(checkpoint).images(number, seed, truncation)
+    images = TrainedGenerator(checkpoint, attributes).images(number, seed, truncation)
     return progress_bar(images, number, "generating", " images")
 
 
-def generate_images(num_images=16, seed=None, checkpoint=None, output=None, truncation=1.0):
+def generate_images(
+    num_images=16, seed=None, checkpoint=None, output=None, truncation=1.0, attributes=None
+):
     """New faces as a float tensor (num_images, 3, H, W) in [0, 1]; also saved as a grid.
 
     In a notebook, the grid is shown as well. On one device, the same seed gives the same images,
     and a larger `num_images` only adds some. If `seed` is None, a seed is chosen and printed.
     `checkpoint` is a checkpoint.pt or generator.pt, by default OUTPUT_DIR's. The grid shows the
     first 1,024 and is saved to `output` (.png, .jpg or .webp), by default OUTPUT_DIR/generated.png.
-    A `truncation` below 1 scales the noise down: faces are cleaner, but more alike. Raises
-    UserError for a wrong number or file.
+    A `truncation` below 1 scales the noise down: faces are cleaner, but more alike. `attributes`,
+    such as "Smiling,-Male", are those to have and, with "-", not to have; all others are as
+    frequent as in the training images with these. Raises UserError for a wrong argument or file.
     """
     path = picture_path("generated.png", output, STILLS)
-    images = torch.stack(list(new_images(num_images, seed, checkpoint, truncation)))
+    images = torch.stack(list(new_images(num_images, seed, checkpoint, truncation, attributes)))
     shown = images[:GRID_LIMIT]
     picture = grid(shown, math.ceil(math.sqrt(len(shown))))
     save_picture(picture, path)
@@ -2097,7 +2306,13 @@ def picture_path(name, chosen, extensions):
 
 
 def generate(
-    num_images=16, seed=None, checkpoint=None, output=None, truncation=1.0, individual=False
+    num_images=16,
+    seed=None,
+    checkpoint=None,
+    output=None,
+    truncation=1.0,
+    attributes=None,
+    individual=False,
 ):
     """The command: new faces in a grid or, if `individual`, in a file each."""
     number = checked("num_images", num_images)
@@ -2107,36 +2322,41 @@ def generate(
                 f"num_images (--num-images) is {number}, but a grid holds {GRID_LIMIT:,}; "
                 "add --individual for a file each"
             )
-        generate_images(number, seed, checkpoint, output, truncation)
+        generate_images(number, seed, checkpoint, output, truncation, attributes)
         return
     folder = chosen_path("generated", output)
     with disk_errors(folder):
         if folder.exists() and any(path.name[0] != "." for path in folder.iterdir()):
             raise UserError(f"{folder} is not empty; empty it, or choose another --output")
-        images = new_images(number, seed, checkpoint, truncation)
+        images = new_images(number, seed, checkpoint, truncation, attributes)
         make_folder(folder)
         for index, image in enumerate(images):
             grid(image).save(folder / f"{index:06d}.png")
     say(f"saved {plural(number, 'image')} in {folder}")
 
 
-def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None):
+def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None, attributes=None):
     """Save a looping animation that moves between new faces; return its path.
 
-    `frames` pictures lead from each face to the next. Spherical interpolation: high-dimensional
-    noise lies close to a sphere, and two noise vectors are nearly orthogonal, so the angle between
-    them is taken as 90°.
+    `frames` pictures lead from each face to the next. `attributes`: as for `generate_images`; the
+    labels of a face change linearly into those of the next. The noise by spherical interpolation:
+    high-dimensional noise lies close to a sphere, and two noise vectors are nearly orthogonal, so
+    the angle between them is taken as 90°.
     """
     path = picture_path("interpolation.gif", output, ANIMATIONS)
     number = checked("num_faces", num_faces)
     frames = checked("frames", frames)
-    trained = TrainedGenerator(checkpoint)
+    trained = TrainedGenerator(checkpoint, attributes)
     corners = torch.cat(list(trained.latents(number, seed)))[:number]
-    angles = torch.arange(frames).mul(math.pi / 2 / frames).unsqueeze(1)
+    shares = torch.arange(frames).div(frames).unsqueeze(1)
+    angles = shares * math.pi / 2
+    size = trained.state["settings"]["LATENT_SIZE"]
     pictures = []
     pairs = zip(corners, corners.roll(-1, 0))
     for start, end in progress_bar(pairs, number, "drawing", " faces"):
-        walk = F.normalize(angles.cos() * start + angles.sin() * end) * math.sqrt(len(start))
+        noise = angles.cos() * start[:size] + angles.sin() * end[:size]
+        noise = F.normalize(noise) * math.sqrt(size)
+        walk = torch.cat([noise, torch.lerp(start[size:], end[size:], shares)], 1)
         pictures += [ImageOps.scale(grid(image), 2) for image in trained.draw(walk)]
     save_animation(pictures, path, 60)
     say(f"saved {path}")
@@ -2266,7 +2486,7 @@ def append_evaluation(columns):
 # ------------------------------------------------------- where images come from: Kaggle, zips, demo
 
 
-def prepare_data(folder, image_size, download=False):
+def prepare_data(folder, image_size, download=False, attributes=None):
     """`find_faces`; before that, fill `folder` if it holds no images.
 
     Zips in it, or one beside it that has its name, are unpacked. Without any, the demo's faces are
@@ -2282,7 +2502,7 @@ def prepare_data(folder, image_size, download=False):
         download_celeba(folder)
     elif found and DATA_DIR.lower().endswith(".zip"):
         say(f"using the images in {folder}; to unpack {DATA_DIR} again, delete that folder")
-    return find_faces(folder, image_size)
+    return find_faces(folder, image_size, attributes)
 
 
 def download():
@@ -2516,10 +2736,10 @@ def file_size(path):
 
 
 def unpack(archive, folder):
-    """Unpack the images of an archive, and nothing else, into `folder`.
+    """Unpack the images of an archive, and their attributes, into `folder`.
 
-    Returns their number, and a Counter of the other files by extension. Raises UserError, which
-    begins with "not unpacked", if the archive is damaged.
+    Returns the number of images, and a Counter of the other files by extension. Raises UserError,
+    which begins with "not unpacked", if the archive is damaged.
     """
     with damage_errors("not unpacked"), zipfile.ZipFile(archive) as source:
         members = [
@@ -2527,6 +2747,12 @@ def unpack(archive, folder):
             for member in source.infolist()
             if not hidden(member.filename)
             and (IMAGE_NAME.search(member.filename) or opens(source.open(member)))
+        ]
+        count = len(members)
+        members += [
+            member
+            for member in source.infolist()
+            if os.path.basename(member.filename) == ATTRIBUTE_FILE and not hidden(member.filename)
         ]
         others = Counter(Path(member.filename).suffix.lower() for member in source.infolist())
         others -= Counter(Path(member.filename).suffix.lower() for member in members)
@@ -2537,7 +2763,7 @@ def unpack(archive, folder):
         for member in progress_bar(members, len(members), "unpacking", " images"):
             with disk_errors(folder):
                 source.extract(member, folder)  # never outside of the folder
-    return len(members), others
+    return count, others
 
 
 # The settings that --demo changes.
@@ -2552,20 +2778,29 @@ DEMO = {
 
 
 def draw_demo(folder):
-    """Put 4,000 JPEGs of drawn faces into `folder`."""
+    """Put 4,000 JPEGs of drawn faces into `folder`, and a table of their attributes."""
+    rows = []
     for index in progress_bar(range(4_000), 4_000, "drawing", " faces"):
-        draw_face(random.Random(index)).save(folder / f"{index:06d}.jpg", quality=90)
+        face, name = draw_face(random.Random(index)), f"{index:06d}.jpg"
+        face.save(folder / name, quality=90)
+        rows.append([name, *(1 if has else -1 for has in face.info.values())])
+    append_rows(folder / ATTRIBUTE_FILE, [["image_id", *face.info], *rows])
 
 
 def draw_face(rng):
-    """A drawn face, 178 × 218 pixels as CelebA's are; it depends on `rng`, a random.Random."""
+    """A drawn face, 178 × 218 pixels as CelebA's are; it depends on `rng`, a random.Random.
+
+    Its `info` says which attributes it has.
+    """
 
     def oval(x, y, width, height, colour):
         draw.ellipse((x - width, y - height, x + width, y + height), colour)
 
     skin = f"hsl(24, 45%, {rng.randint(40, 82)}%)"
-    hair = f"hsl({rng.randint(15, 45)}, 60%, {rng.randint(6, 40)}%)"
-    iris = f"hsl({rng.randint(20, 220)}, 40%, 25%)"
+    hair_hue, hair_light = rng.randint(15, 45), rng.randint(6, 40)
+    hair = f"hsl({hair_hue}, 60%, {hair_light}%)"
+    eye_hue = rng.randint(20, 220)
+    iris = f"hsl({eye_hue}, 40%, 25%)"
     wall = f"hsl({rng.randrange(360)}, 25%, {rng.randint(35, 80)}%)"
     image = Image.new("RGB", (178, 218), wall)
     draw = ImageDraw.Draw(image)
@@ -2581,7 +2816,14 @@ def draw_face(rng):
         draw.line((eye - 10, y - 20, eye + 10, y - 20), hair, 4)
     smile = rng.uniform(0, 12)
     draw.chord((x - 18, y + 34 - smile, x + 18, y + 38 + smile), 0, 180, "#be4650")
-    return image.filter(ImageFilter.GaussianBlur(1.2))
+    image = image.filter(ImageFilter.GaussianBlur(1.2))
+    image.info = {
+        "Smiling": smile > 6,
+        "Long_Hair": length > 0,
+        "Blond_Hair": hair_light > 22,
+        "Blue_Eyes": eye_hue > 150,
+    }
+    return image
 
 
 # ------------------------------------------------------------------------------ files and messages
@@ -2886,6 +3128,9 @@ SETTING_GROUPS = {
         "LATENT_SIZE": "length of the noise vector of a face; 1..65536",
         "G_FEATURES": "channels of the generator's layer next to the image; 4..1024",
         "D_FEATURES": "channels of the discriminator's layer next to the image; 4..1024",
+        "ATTRIBUTES": "attributes that can be chosen for each generated face: columns of "
+        "list_attr_celeba.csv, as Male,Smiling, or the word folders: each subfolder is one; names "
+        "with commas or None",
     },
     "training": {
         "EPOCHS": "passes over the images; 1..1000000",
@@ -2921,6 +3166,8 @@ ARGUMENTS = {
     "num_faces": "number of faces; 2..1000",
     "frames": "frames from one face to the next; 1..1000",
     "truncation": "factor for the noise; below 1, faces are cleaner but more alike; 0.0..1.0",
+    "attributes": "attributes that all faces have or, after -, have not, as Smiling,-Male; names "
+    "with commas or None",
     "seed": "seed of the noise: the same seed draws the same faces; 0..9223372036854775807",
     "checkpoint": "checkpoint.pt or generator.pt to draw from; a path",
     "output": "file or folder to write; a path",
@@ -2973,6 +3220,7 @@ def parse(value, allowed):
         return str(torch.device(value))
     text = os.fspath(value) if rule == "a path" else str(value)
     patterns = {"a path": r"[^\0]+", "owner/name": r"[\w-]+/[\w-]+"}
+    patterns["names with commas"] = r"[^,\0]+(,[^,\0]+)*"
     os.fsencode(text)  # raises ValueError if no file can have this name
     if not re.fullmatch(patterns.get(rule) or rule.replace(", ", "|"), text):
         raise ValueError
@@ -3022,12 +3270,12 @@ COMMANDS = {
     "generate": (
         generate,
         "Generate new faces: one grid or, with --individual, one file per face.",
-        GENERATOR_FLAGS + "num_images truncation output",
+        GENERATOR_FLAGS + "num_images truncation output attributes",
     ),
     "interpolate": (
         interpolate,
         "Make a looping animation that moves from face to face.",
-        GENERATOR_FLAGS + "num_faces frames output",
+        GENERATOR_FLAGS + "num_faces frames output attributes",
     ),
     "download": (
         download,
@@ -3104,6 +3352,10 @@ def parse_words(words):
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else "--help lists all of them"
             raise UserError(f"there is no flag {one_line(name)}; {hint}")
+    words = [*words]
+    if "--attributes" in words[:-1]:  # argparse would take -Male for a flag
+        at = words.index("--attributes")
+        words[at : at + 2] = ["=".join(words[at : at + 2])]
     given, unused = command_line().parse_known_args(words)
     options = vars(given)
     demo, word, version = (options.pop(name) for name in ("demo", "command", "version"))

@@ -39,11 +39,20 @@ def archive_of(faces, more=()):
         for index, path in enumerate(sorted(faces.glob("*.jpg")), 1):
             archive.write(path, NAME.format(f"{index:06d}.jpg"))
         for table in TABLES:
-            size = TABLE_BYTES if table == TABLES[0] else 100
-            archive.writestr(f"list_{table}.csv", random.Random(0).randbytes(size))
+            text = attribute_table() if table == TABLES[0] else random.Random(0).randbytes(100)
+            archive.writestr(f"list_{table}.csv", text)
         for member, data in more:
             archive.writestr(member, data)
     return memory.getvalue()
+
+
+def attribute_table():
+    """A table like CelebA's, of TABLE_BYTES, with three attributes."""
+    rows = ["image_id,Male,Smiling,Eyeglasses"]
+    for index in range(1, TABLE_BYTES // 20):
+        values = (1 if index >> bit & 1 else -1 for bit in range(3))
+        rows.append(",".join([f"{index:06d}.jpg", *map(str, values)]))
+    return "\n".join(rows)[:TABLE_BYTES].rpartition("\n")[0].ljust(TABLE_BYTES, "\n").encode()
 
 
 class KaggleServer(http.server.ThreadingHTTPServer):

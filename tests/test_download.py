@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPT, flags, own_mounts, start, until
-from kaggle_server import NAME, archive_of, serving
+from kaggle_server import NAME, TABLE_BYTES, archive_of, serving
 from PIL import Image
 from reading import metrics
 
@@ -91,11 +91,11 @@ def dcgan_run(tiny, server, monkeypatch, capfd):
 
 
 def images(place=Path()):
-    """The names of the images in the data set, when nothing but it is left of the download."""
+    """The names of the images, when only they and their attributes are left of a download."""
     assert set(os.listdir(place / "data")) - {"cache", "celeba.lock"} == {"celeba"}
     files = [path for path in (place / "data/celeba").rglob("*") if not path.is_dir()]
     assert all(path.is_file() and not path.is_symlink() for path in files)
-    return sorted(path.name for path in files)
+    return sorted(path.name for path in files if path.name != "list_attr_celeba.csv")
 
 
 def ranges(server):
@@ -109,6 +109,9 @@ FACES = [f"{index:06d}.jpg" for index in range(1, 41)]
 
 def test_without_an_account_it_downloads_once_says_so_in_a_line_and_trains(server, workplace):
     out, err = ended(process(server, workplace, *QUICK))
+    [attributes] = (workplace / "data/celeba").rglob("list_attr_celeba.csv")
+    assert attributes.stat().st_size == TABLE_BYTES
+    assert "left out" not in out
     assert images(workplace) == FACES and (workplace / "output/generator.pt").is_file()
     first, *others = out.splitlines()
     assert "kaggle" in first.lower() and "kaggle" not in str(others).lower()  # none of theirs

@@ -5,6 +5,7 @@ Each run is a process of its own. What only a real card can show is in test_gpu.
 
 import functools
 import json
+import shutil
 import signal
 import sys
 
@@ -203,6 +204,22 @@ def test_images_that_do_not_fit_on_the_card_give_the_same_numbers(finished, work
     said = succeed(*flags(**SETTINGS), cwd=workplace, program=pinned)
     assert "images on disk" in said.splitlines()[0]
     assert numbers(workplace) == numbers(finished("A100")[0])
+
+
+def test_labels_are_read_again_by_each_replay(finished, workplace):
+    """Also where labels come from pinned memory; and the same as in steps without a graph."""
+    rows = [f"{index:06d}.jpg,{index % 3 - 1}" for index in range(120)]
+    table = "\n".join(["image_id,Third", *rows, ""])
+    (workplace / "list_attr_celeba.csv").write_text(table)
+    words = flags(**SETTINGS | {"ATTRIBUTES": "Third"})
+    results = []
+    for first, memory in [(NO_PICTURES, {}), (NO_PICTURES, {"free": 400_000}), (EAGER, {})]:
+        shutil.rmtree(workplace / "output", ignore_errors=True)
+        said = succeed(*words, cwd=workplace, program=program("A100", first, **memory))
+        assert "attributes: Third 33%" in said
+        results.append(numbers(workplace))
+    assert results[0] == results[1] == results[2]
+    assert results[0] != numbers(finished("A100")[0])
 
 
 def test_a_killed_run_ends_with_the_numbers_of_an_uninterrupted_one(finished, workplace):

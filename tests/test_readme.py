@@ -68,6 +68,10 @@ LEAVES = {
     "interpolate": "output/interpolation.gif",
     "generate --output-dir output-demo": "output-demo/generated.png",
     "--truncation": "output/generated.png",
+    "--attributes Male": "output-attributes/attributes.png",
+    "generate --output-dir output-attributes": "output-attributes/generated.png",
+    "--attributes folders": "output-animals/attributes.png",
+    "generate --output-dir output-animals": "output-animals/generated.png",
     "nohup": "train.log",
     "download": "../home/celeba/images",
     "torchrun --nproc-per-node 2 dcgan.py": "output/generator.pt",
@@ -98,6 +102,8 @@ class Newcomer:
         for name in ("dcgan.py", "requirements.txt"):
             shutil.copy(ROOT / name, folder)
         draw_faces(server.home / "photos", 40)
+        for kind in ("cat", "dog"):
+            draw_faces(server.home / "animals" / kind, 20)
         # pip finds that all packages are there already, so it has nothing to download.
         path = [server.environment(server.home)["PYTHONPATH"], sysconfig.get_path("purelib")]
         (server.home / "bin").mkdir()
