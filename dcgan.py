@@ -187,7 +187,7 @@ def layer_widths(features, image_size):
 class Generator(nn.Module):
     """Noise (N, latent_size, 1, 1) to images (N, 3, S, S) in [-1, 1]. Shapes are for 64 pixels.
 
-    With attributes, their labels are part of the noise: 1 for what the face shall have, else -1.
+    With attributes, their labels are part of the noise: 1 for what the face has, else -1.
     """
 
     def __init__(self, image_size, latent_size, features):
@@ -225,6 +225,8 @@ class Discriminator(nn.Module):
         layers += [nn.Conv2d(widths[-1], 1 + attributes, 4, 1, 0), nn.Flatten()]  # (N, 1 + A)
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
+        with torch.no_grad():
+            self.layers[-2].weight[1:] = 0  # many attributes would make the first logits huge
 
     def forward(self, images, labels=None):
         logits = self.layers(images)
@@ -826,6 +828,11 @@ def data_folder():
 IMAGE_NAME = re.compile("[.](jpe?g|png|bmp|ppm|pgm|tiff?|webp)$", re.IGNORECASE)
 
 
+# Also the table of their attributes.
+ATTRIBUTE_FILE = "list_attr_celeba.csv"
+WANTED = re.compile(f"{IMAGE_NAME.pattern}|{ATTRIBUTE_FILE}$", re.IGNORECASE)
+
+
 def list_images(folder, others):
     """Yield (path, size, modification time) of each image below `folder`; paths are relative.
 
@@ -934,67 +941,79 @@ def find_faces(folder, image_size, attributes=None):
             f"DATA_DIR ({folder}) holds no images{left_out(others)}; put some there, or a zip of "
             "them, or change DATA_DIR (--data-dir)"
         )
+    known, rows = [], {}
+    if attributes is not None:
+        known, rows = read_labels(folder, [name for name, *_ in images], attributes)
+        images = [image for image in images if image[0] in rows]
     others["beyond MAX_IMAGES"] = len(images[MAX_IMAGES:]) if MAX_IMAGES else 0
     images = images[:MAX_IMAGES]
-    if attributes is None:
-        return FaceFolder(folder, images, image_size, others)
-    known, rows = read_labels(folder, [name for name, *_ in images], attributes)
-    labels = np.where(list(rows.values()), np.int8(1), np.int8(-1))
-    shares = [f"{name} {share:.0%}" for name, share in zip(known, (labels > 0).mean(0))]
-    say("attributes: " + ", ".join(shares))
-    images = [image for image in images if image[0] in rows]
-    return FaceFolder(folder, images, image_size, others, known, labels)
-
-
-ATTRIBUTE_FILE = "list_attr_celeba.csv"
+    has = np.array([rows.get(name, []) for name, *_ in images], np.int8)
+    if known:
+        shares = [f"{name} {share:.0%}" for name, share in zip(known, has.mean(0))]
+        say("attributes: " + ", ".join(shares))
+    return FaceFolder(folder, images, image_size, others, known, 2 * has - 1)
 
 
 def read_labels(folder, names, attributes):
     """The labels of the images `names` in `folder`: ([attribute], {name: [whether it has it]}).
 
-    They come from the names of subfolders, or from ATTRIBUTE_FILE, which is in the folder of the
-    images or above it. Images without labels are left out. Raises UserError.
+    They come from the names of subfolders, or from ATTRIBUTE_FILE. Images without labels are left
+    out. Raises UserError if none has any.
     """
     place = folder / os.path.commonpath([os.path.dirname(name) for name in names])
     if attributes == "folders":
         parts = {name: (folder / name).relative_to(place).parts for name in names}
         kinds = {name: inner[0] for name, inner in parts.items() if len(inner) > 1}
         known = sorted(set(kinds.values()))
-        listed = f"is in a subfolder of {place}"
-        rows = {name: [kind == own for kind in known] for name, own in kinds.items()}
+        listed = f"in a subfolder of {place}"
+        one_hot = dict(zip(known, np.eye(len(known), dtype=bool)))
+        rows = {name: one_hot[kind] for name, kind in kinds.items()}
     else:
         known = list(dict.fromkeys(attributes.split(",")))
-        paths = [above / ATTRIBUTE_FILE for above in (place, *place.parents)]
-        path = next(filter(Path.is_file, paths), None)
-        if path is None:
-            raise UserError(
-                f"ATTRIBUTES is {attributes}, but there is no {ATTRIBUTE_FILE} in {folder}; put "
-                "CelebA's there, or your own: image_id,Smiling,Male and rows such as 1.jpg,1,-1"
-            )
-        listed = f"has a row in {path}"
+        path = find_table(folder, place)
         table = read_attributes(path, known)
-        found = {name: table.get(os.path.basename(name)) for name in names}
-        rows = {name: row for name, row in found.items() if row}
+        listed = f"in {path}"
+        stems = {name: Path(name).stem for name in names}
+        rows = {name: table[stem] for name, stem in stems.items() if stem in table}
     missing = [name for name in names if name not in rows]
-    if not rows:
-        raise UserError(f"ATTRIBUTES is {attributes}, but no image {listed}")
     if missing:
-        some = ", ".join(missing[:3])
-        say(f"left out {plural(len(missing), 'image')}, of which none {listed}: {some} …")
+        text = f"{plural(len(missing), 'image')} not {listed}, such as {missing[0]}"
+        if not rows:
+            raise UserError(f"ATTRIBUTES is {attributes}, but there are {text}")
+        say(f"left out {text}")
     return known, rows
 
 
+def find_table(folder, place):
+    """The path of ATTRIBUTE_FILE, in `place` or above it, at most beside `folder`."""
+    for above in (place, *place.parents):
+        if (above / ATTRIBUTE_FILE).is_file():
+            return above / ATTRIBUTE_FILE
+        if above == folder.parent:
+            break
+    raise UserError(
+        f"there is no {ATTRIBUTE_FILE} in {folder} or beside it; put one there, with image_id,"
+        "Smiling,Male in its first line, and then lines such as 1.jpg,1,-1. If dcgan.py has filled "
+        "this folder, move it away and run this again"
+    )
+
+
 def read_attributes(path, known):
-    """{image: [whether it has each of the `known` attributes]} from a table like CelebA's."""
+    """{name of an image, without extension: [whether it has each of `known`]} from a CSV file.
+
+    Raises UserError if it is damaged, or lacks one of the attributes.
+    """
     with damage_errors(f"{path} is damaged"), disk_errors(path):
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            table = csv.reader(file)
-            header = next(table, [])
-            columns = [header.index(name) for name in known if name in header]
-            rows = {row[0]: [float(row[column]) > 0 for column in columns] for row in table if row}
-    for name in known:
-        attribute_index(name, header[1:], path)
-    return rows
+        text = path.read_text("utf-8-sig").replace(";", ",")  # some spreadsheets write these
+        table = csv.reader(text.splitlines(), skipinitialspace=True)
+        header = next(table, [])[1:]
+    columns = [1 + attribute_index(name, header, path) for name in known]
+    with damage_errors(f"{path} is damaged"):
+        return {
+            Path(row[0]).stem: [float(row[column]) > 0 for column in columns]
+            for row in table
+            if any(row)
+        }
 
 
 def attribute_index(name, known, owner):
@@ -1002,10 +1021,24 @@ def attribute_index(name, known, owner):
     if name in known:
         return known.index(name)
     close = difflib.get_close_matches(name, known)
-    hint = (
-        f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(known) or 'none'}"
-    )
+    hint = f"it has {', '.join(known) or 'none'}"
+    if close:
+        hint = f"did you mean {' or '.join(close)}?"
     raise UserError(f"{owner} has no attribute {name}; {hint}")
+
+
+def wished(labels, wish, known, owner, kinds=None):
+    """`labels` (N, A, ...) of `known` attributes, changed as `wish` says, such as "Smiling,-Male".
+
+    Raises UserError for a name that `owner` does not know.
+    """
+    labels = labels.clone()
+    if kinds == "folders":
+        labels[:] = -1
+    for name in wish.split(","):
+        bare = name.removeprefix("-")
+        labels[:, attribute_index(bare, known, owner)] = 1 if name == bare else -1
+    return labels
 
 
 def left_out(others):
@@ -1038,7 +1071,8 @@ class FaceFolder(ImageFolder):
         self.cache = Path(CACHE_DIR) / f"faces-{files[:24]}-{image_size}.npy"
         # Copies of the same images have the same key, whatever their folder.
         same = [(os.path.basename(name), size) for name, size, _ in images]
-        self.key = digest(f"{same} {about}")
+        labelled = f" {attributes} {self.labels.tobytes()}" if attributes else ""
+        self.key = digest(f"{same} {about}{labelled}")
 
     def find_classes(self, directory):
         return ["face"], {"face": 0}
@@ -1141,8 +1175,7 @@ class FaceFolder(ImageFolder):
 
     def kept_labels(self):
         """The labels (N, A) of the images that `load` has returned."""
-        kept = np.delete(np.arange(len(self)), self.broken)
-        return torch.from_numpy(self.labels[kept])
+        return torch.from_numpy(np.delete(self.labels, self.broken, 0))
 
     def write_header(self, file, count):
         """Write the start of the cache. Its length does not depend on `count`."""
@@ -1419,8 +1452,7 @@ def read_checkpoint(path):
         folder = state["settings"].get("DATA_DIR", data_folder())  # old generator.pt have none
         state["settings"]["DATA_DIR"] = checked("DATA_DIR", folder)
         state["attributes"] = list(map(str, state["attributes"]))
-        if state["labels"].size(0) == 0 or state["labels"].size(1) != len(state["attributes"]):
-            raise ValueError("its labels are damaged")
+        list(zip(state["attributes"], state["labels"][0], strict=True))  # an error if they differ
         build_generator(state)  # raises an error if the weights do not fit
     return state
 
@@ -1436,8 +1468,7 @@ def rename_old_fields(state):
     if "older" not in state:
         state |= {"older": 0, "data": None}  # its images had another kind of key
     state["settings"] = {"AUGMENT": 0.0, "ATTRIBUTES": None} | state["settings"]
-    for name, value in {"attributes": [], "labels": NO_LABELS}.items():
-        state.setdefault(name, value)
+    state |= {"attributes": [], "labels": NO_LABELS} | state
 
 
 def newest_checkpoint():
@@ -1459,6 +1490,7 @@ def newest_checkpoint():
 # ----------------------------------------------------------------------------- pictures and advice
 
 ANIMATION_FRAMES = 25  # of 140 kB at most: training.gif stays small enough to send
+ATTRIBUTES_SHOWN = 40  # as many as CelebA has
 DISTANCE_IMAGES = 2_048  # generated and real images that a distance is measured on
 
 
@@ -1615,30 +1647,24 @@ def draw_comparison(epochs, reals, fakes, batches=None):
             axes.axis("off")
 
 
-def draw_attributes(draw, latents, names, exclusive):
+def draw_attributes(draw, latents, names):
     """attributes.png: a row of faces for each of `latents` (N, z + A, 1, 1).
 
-    The first face has its own labels; for each of the A attributes, `names`, there is one without
-    and one with it. If the attributes are `exclusive`, there is only one with it, and no other.
+    The first face has its own labels; then for each attribute there is one without and one with
+    it or, if the attributes are folders, one that has no other.
     """
     columns = {"as drawn": latents}
-    for place, name in enumerate(names, start=-len(names)):
-        for sign, label in {"without": -1, "with": 1}.items():
-            changed = latents.clone()
-            if exclusive:
-                sign = "only"
-                changed[:, -len(names) :] = -1
-            changed[:, place] = label
-            columns[f"{sign} {name}"] = changed
-    images = torch.stack([draw(changed) for changed in columns.values()], 1)
-    side = images.shape[-1] + 2  # with the frame that `grid` draws
-    width = 0.8 * len(columns)
-    with figure_file("attributes.png", max(3, width), 0.8 * len(latents) + 1.5) as figure:
-        axes = figure.subplots()
-        axes.imshow(grid(images.flatten(0, 1), len(columns)))
-        axes.set_xticks([side * (i + 0.5) for i in range(len(columns))], columns, rotation=90)
-        axes.xaxis.tick_top()
-        axes.yaxis.set_visible(False)
+    for name in names[:ATTRIBUTES_SHOWN]:
+        for wish in (name,) if ATTRIBUTES == "folders" else (f"-{name}", name):
+            changed = wished(latents[:, -len(names) :], wish, names, "", ATTRIBUTES)
+            columns[wish] = torch.cat([latents[:, : -len(names)], changed], 1)
+    images = torch.stack([draw(column) for column in columns.values()], 1).flatten(0, 1)
+    picture = ImageOps.scale(grid(images, len(columns)), 2)
+    picture = ImageOps.expand(picture, (0, 50, 0, 0), "white")
+    for number, name in enumerate(columns):
+        place = (4 + picture.width * number // len(columns), 2)
+        ImageDraw.Draw(picture).text(place, name.replace("_", "\n"), "black")
+    save_picture(picture, output_path("attributes.png"))
 
 
 def draw_losses(steps, rows, quality):
@@ -1749,10 +1775,10 @@ def train():
         if WORLD_SIZE > 1:
             images = f"{plural(len(faces), 'image')} {found.key[:8]}"
             state = connect_processes(state, images, device)
-        batches = Batches(faces, device, found.kept_labels())
-        some = torch.linspace(0, len(faces) - 1, min(len(faces), 4_096)).long()
-        trainer = Trainer(device, pick_dtype(device), batches.labels[some].cpu())
-        run = Run(trainer, batches, found)
+        labels = found.kept_labels()
+        some = labels[:: math.ceil(len(labels) / 4_096)].clone()
+        trainer = Trainer(device, pick_dtype(device), some)
+        run = Run(trainer, Batches(faces, device, labels), found)
         found.others["broken"] = len(found) - len(faces)
         run.announce(left_out(found.others))
         run.start(state)
@@ -2128,9 +2154,8 @@ class Run:
         attempt("real_vs_fake.png", draw_comparison, epochs, self.reals, fakes, batches)
         attempt("training.gif", draw_animation, self.epoch)
         if self.attributes:
-            shown, exclusive = self.fixed_noise[:8], ATTRIBUTES == "folders"
-            draw = self.trainer.draw
-            attempt("attributes.png", draw_attributes, draw, shown, self.attributes, exclusive)
+            shown, draw = self.fixed_noise[:8], self.trainer.draw
+            attempt("attributes.png", draw_attributes, draw, shown, self.attributes)
         if now and drawn and in_notebook():
             with Image.open(output_path("losses.png")) as picture:
                 show(picture)
@@ -2210,17 +2235,13 @@ class TrainedGenerator:
 
     def choose_labels(self, attributes, path):
         """Keep the labels of those training images that have the given attributes."""
-        wanted = torch.zeros_like(self.labels[0])
-        for name in attributes.split(","):
-            bare = name.removeprefix("-")
-            place = attribute_index(bare, self.state["attributes"], path)
-            wanted[place] = 1 if name == bare else -1
-        fit = (self.labels * wanted >= 0).all(1)
-        if not fit.any():
-            say(f"hardly any training image is {attributes}, so the images may look odd")
-            self.labels = self.labels.where(wanted == 0, wanted)
-        else:
+        known, kinds = self.state["attributes"], self.state["settings"]["ATTRIBUTES"]
+        fit = wished(self.labels, attributes, known, path).eq(self.labels).all(1)
+        if fit.any():
             self.labels = self.labels[fit]
+        else:
+            say(f"hardly any training image is {attributes}, so the images may look odd")
+            self.labels = wished(self.labels, attributes, known, path, kinds)
 
     def latents(self, number, seed, truncation=1.0):
         """Yield (GENERATION_BATCH, z + A) for at least `number` images, on the CPU.
@@ -2312,8 +2333,8 @@ def generate(
     checkpoint=None,
     output=None,
     truncation=1.0,
-    attributes=None,
     individual=False,
+    attributes=None,
 ):
     """The command: new faces in a grid or, if `individual`, in a file each."""
     number = checked("num_images", num_images)
@@ -2349,15 +2370,14 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None,
     frames = checked("frames", frames)
     trained = TrainedGenerator(checkpoint, attributes)
     corners = torch.cat(list(trained.latents(number, seed)))[:number]
-    shares = torch.arange(frames).div(frames).unsqueeze(1)
-    angles = shares * math.pi / 2
+    angles = torch.arange(frames).mul(math.pi / 2 / frames).unsqueeze(1)
     size = trained.state["settings"]["LATENT_SIZE"]
     pictures = []
     pairs = zip(corners, corners.roll(-1, 0))
     for start, end in progress_bar(pairs, number, "drawing", " faces"):
         noise = angles.cos() * start[:size] + angles.sin() * end[:size]
         noise = F.normalize(noise) * math.sqrt(size)
-        walk = torch.cat([noise, torch.lerp(start[size:], end[size:], shares)], 1)
+        walk = torch.cat([noise, torch.lerp(start[size:], end[size:], angles * 2 / math.pi)], 1)
         pictures += [ImageOps.scale(grid(image), 2) for image in trained.draw(walk)]
     save_animation(pictures, path, 60)
     say(f"saved {path}")
@@ -2537,9 +2557,12 @@ def find_archives(folder):
 def unpack_all(archives, folder):
     """Unpack the images of `archives` into `folder`. Raises UserError if they are damaged."""
     images = 0
-    for number, archive in enumerate(archives):  # several of them may have the same name
+    for number, archive in enumerate(archives):
+        place = folder / archive.stem
+        if place.exists():  # in several folders, zips may have the same name
+            place = folder / f"{archive.stem} {number}"
         try:
-            count, others = unpack(archive, folder / str(number))
+            count, others = unpack(archive, place)
         except UserError as error:
             raise UserError(f"{archive}: {error}; get it again, or unpack it yourself") from None
         say(f"unpacked {plural(count, 'image')} of {archive}{left_out(others)}")
@@ -2747,14 +2770,9 @@ def unpack(archive, folder):
             member
             for member in source.infolist()
             if not hidden(member.filename)
-            and (IMAGE_NAME.search(member.filename) or opens(source.open(member)))
+            and (WANTED.search(member.filename) or opens(source.open(member)))
         ]
-        count = len(members)
-        members += [
-            member
-            for member in source.infolist()
-            if os.path.basename(member.filename) == ATTRIBUTE_FILE and not hidden(member.filename)
-        ]
+        count = sum(ATTRIBUTE_FILE not in member.filename for member in members)
         others = Counter(Path(member.filename).suffix.lower() for member in source.infolist())
         others -= Counter(Path(member.filename).suffix.lower() for member in members)
         del others[""]  # folders
@@ -2783,7 +2801,7 @@ def draw_demo(folder):
     for index in progress_bar(range(4_000), 4_000, "drawing", " faces"):
         face, name = draw_face(random.Random(index)), f"{index:06d}.jpg"
         face.save(folder / name, quality=90)
-        rows.append([name, *(1 if has else -1 for has in face.info.values())])
+        rows.append([name, *map(int, face.info.values())])
     append_rows(folder / ATTRIBUTE_FILE, [["image_id", *face.info], *rows])
 
 
@@ -3129,8 +3147,8 @@ SETTING_GROUPS = {
         "G_FEATURES": "channels of the generator's layer next to the image; 4..1024",
         "D_FEATURES": "channels of the discriminator's layer next to the image; 4..1024",
         "ATTRIBUTES": "attributes that can be chosen for each generated face: columns of "
-        "list_attr_celeba.csv, as Male,Smiling, or the word folders: each subfolder is one; names "
-        "with commas or None",
+        "list_attr_celeba.csv, such as Male,Smiling, or folders: the name of each subfolder is "
+        "one; names separated by commas or None",
     },
     "training": {
         "EPOCHS": "passes over the images; 1..1000000",
@@ -3166,8 +3184,8 @@ ARGUMENTS = {
     "num_faces": "number of faces; 2..1000",
     "frames": "frames from one face to the next; 1..1000",
     "truncation": "factor for the noise; below 1, faces are cleaner but more alike; 0.0..1.0",
-    "attributes": "attributes that all faces have or, after -, have not, as Smiling,-Male; names "
-    "with commas or None",
+    "attributes": "what all faces have or, with - before it, do not have, such as "
+    "Smiling,-Male; names separated by commas or None",
     "seed": "seed of the noise: the same seed draws the same faces; 0..9223372036854775807",
     "checkpoint": "checkpoint.pt or generator.pt to draw from; a path",
     "output": "file or folder to write; a path",
@@ -3218,14 +3236,20 @@ def parse(value, allowed):
         raise ValueError
     if rule.startswith("a device"):
         return str(torch.device(value))
-    text = os.fspath(value) if rule == "a path" else str(value)
-    patterns = {"a path": r"[^\0]+", "owner/name": r"[\w-]+/[\w-]+"}
-    patterns["names with commas"] = r"[^,\0]+(,[^,\0]+)*"
+    is_text = rule in ("a path", "names separated by commas")
+    text = os.fspath(value) if is_text else str(value)
+    patterns = {
+        "a path": r"[^\0]+",
+        "owner/name": r"[\w-]+/[\w-]+",
+        "names separated by commas": r"[^,\0]+(,[^,\0]+)*",
+    }
     os.fsencode(text)  # raises ValueError if no file can have this name
     if not re.fullmatch(patterns.get(rule) or rule.replace(", ", "|"), text):
         raise ValueError
     if rule == "a path":
         return str(Path(text).expanduser().absolute())
+    if is_text:
+        return text
     return {"True": True, "False": False}.get(text, int(text) if rule[0].isdigit() else text)
 
 
@@ -3352,10 +3376,9 @@ def parse_words(words):
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]}?" if close else "--help lists all of them"
             raise UserError(f"there is no flag {one_line(name)}; {hint}")
-    words = [*words]
-    if "--attributes" in words[:-1]:  # argparse would take -Male for a flag
-        at = words.index("--attributes")
-        words[at : at + 2] = ["=".join(words[at : at + 2])]
+    # argparse would take -Male for a flag.
+    line = "\0".join(["", *words]).replace("\0--attributes\0", "\0--attributes=")
+    words = line.split("\0")[1:]
     given, unused = command_line().parse_known_args(words)
     options = vars(given)
     demo, word, version = (options.pop(name) for name in ("demo", "command", "version"))

@@ -1,6 +1,7 @@
 """Generators that are told what to draw: labels of images, training with them, asking for them."""
 
 import csv
+import os
 import random
 import shutil
 from pathlib import Path
@@ -140,17 +141,45 @@ def test_images_without_a_row_are_named_counted_and_left_out(labelled, tmp_path,
     write_table(tmp_path / "people" / TABLE, rows)
     said = train(labelled, capsys, ATTRIBUTES="Smiling")
     [line] = [line for line in said.splitlines() if "left out 4 images" in line]
-    assert "000036.jpg" in line and TABLE in line
+    assert "000036.jpg" in line and str(tmp_path / "people" / TABLE) in line
     assert ", 4 steps per epoch" in said  # of 8 images
     assert len(checkpoint()["labels"]) == 36
 
 
-def test_a_table_may_have_0_for_no_and_be_written_by_a_spreadsheet(labelled, tmp_path):
-    rows = [[f"{i:06d}.jpg", max(0, drawn(i)[0])] for i in range(40)]
+SPREADSHEETS = {
+    "0 for no": lambda text: text.replace(",-1", ",0"),
+    "a mark at the start": lambda text: "\ufeff" + text,
+    "Windows' lines": lambda text: text.replace("\n", "\r\n"),
+    "semicolons": lambda text: text.replace(",", ";"),
+    "spaces": lambda text: text.replace(",", ", "),
+    "an empty last row": lambda text: text + ",,,,\n",
+    "other extensions": lambda text: text.replace(".jpg", ".png"),
+    "folders": lambda text: text.replace("\n0", "\nlarge/0"),
+}
+
+
+@pytest.mark.parametrize("kind", SPREADSHEETS)
+def test_a_table_may_come_from_a_spreadsheet(labelled, tmp_path, kind):
     path = tmp_path / "people" / TABLE
-    write_table(path, rows, ("image_id", "Smiling"))
-    path.write_text("\ufeff" + path.read_text().replace("\n", "\r\n"), encoding="utf-8")
-    assert found(labelled, "Smiling")[2].tolist() == [drawn(i)[:1] for i in range(40)]
+    path.write_bytes(SPREADSHEETS[kind](path.read_text()).encode())
+    labels = found(labelled, "Smiling,Blue_Eyes")[2]
+    assert labels.tolist() == [[drawn(i)[0], drawn(i)[3]] for i in range(40)]
+
+
+def test_a_table_far_above_the_folder_is_not_for_its_images(labelled, tmp_path, capsys):
+    os.rename("people", "deeper")
+    os.mkdir("people")
+    os.rename("deeper/portraits", "people/portraits")
+    os.rename(f"deeper/{TABLE}", TABLE)
+    assert found(labelled, "Smiling")[2].shape == (40, 1)  # beside the folder
+    labelled.DATA_DIR = "people/portraits/large"
+    line = refused(capsys, *flags(DATA_DIR=labelled.DATA_DIR, ATTRIBUTES="Smiling"))
+    assert f"there is no {TABLE} in" in line
+
+
+def test_other_attributes_are_another_data_set(labelled):
+    keys = {found(labelled, names)[0].key for names in ("Smiling", "Blue_Eyes", None)}
+    assert len(keys) == 3
 
 
 def test_each_subfolder_is_a_kind_wherever_they_lie(kinds, tmp_path):
@@ -158,16 +187,28 @@ def test_each_subfolder_is_a_kind_wherever_they_lie(kinds, tmp_path):
     assert faces.attributes == ["black bear", "polar bear"]
     assert labels.tolist() == [[1, -1]] * 40 + [[-1, 1]] * 120
     shutil.make_archive(tmp_path / "zipped", "zip", tmp_path, "animals")
-    kinds.DATA_DIR = "zipped.zip"
-    zipped = kinds.prepare_data(kinds.data_folder(), 32, attributes="folders")
-    assert zipped.attributes == faces.attributes and zipped.labels.tolist() == labels.tolist()
+    for kind in faces.attributes:
+        shutil.make_archive(tmp_path / "zips" / kind, "zip", tmp_path / "animals" / kind)
+    for zips in ("zipped.zip", "zips"):
+        kinds.DATA_DIR = zips
+        zipped = kinds.prepare_data(kinds.data_folder(), 32, attributes="folders")
+        assert zipped.attributes == faces.attributes and zipped.labels.tolist() == labels.tolist()
+
+
+def test_kinds_are_those_of_all_images_whatever_max_images_says(kinds, capsys):
+    kinds.MAX_IMAGES = 50
+    faces, images, labels = found(kinds, "folders")
+    assert faces.attributes == ["black bear", "polar bear"]
+    assert len(images) == 50 and labels[:, 1].tolist() == [-1] * 40 + [1] * 10
+    assert "black bear 80%, polar bear 20%" in capsys.readouterr().out
 
 
 WRONG = {
     "Smilng": ("has no attribute Smilng; did you mean Smiling?",),
     "Xyz": ("has no attribute Xyz; it has Smiling, Long_Hair, Blond_Hair, Blue_Eyes",),
     "-Smiling": ("has no attribute -Smiling; did you mean Smiling?",),
-    "folders": ("no image is in a subfolder of",),
+    "folders": ("40 images not in a subfolder of", "such as portraits"),
+    "True": ("has no attribute True; it has Smiling",),
     "Smiling,,Male": ("ATTRIBUTES (--attributes) is 'Smiling,,Male'; it must be",),
 }
 
@@ -181,7 +222,7 @@ def test_attributes_that_are_not_known_are_one_line(labelled, capsys, names):
 
 FAULTS = {
     "no table": (None, f"there is no {TABLE} in"),
-    "other images": (f"image_id,{','.join(NAMES)}\nx.jpg,1,1,1,1\n", "no image has a row in"),
+    "other images": (f"image_id,{','.join(NAMES)}\nx.jpg,1,1,1,1\n", "40 images not in"),
     "no numbers": (f"image_id,{','.join(NAMES)}\n000000.jpg,yes,1,1,1\n", "is damaged"),
     "short rows": (f"image_id,{','.join(NAMES)}\n000000.jpg\n", "is damaged"),
     "bytes": ("\udcff\udcfe", "is damaged"),
@@ -222,11 +263,11 @@ def test_a_generator_draws_the_kind_that_is_asked_for(kinds, capsys):
     dark_ones = (any_kind < (dark.mean() + light.mean()) / 2).sum()
     assert 3 <= dark_ones <= 14
 
-    # A picture of 8 rows: as drawn, the dark kind, the light kind.
+    # A picture of 8 rows, at twice the size: as drawn, the dark kind, the light kind.
     picture = pixels("output/attributes.png").float().mean(0)
-    height, width = picture.shape
-    middle = picture[height // 2 :, :]  # below the names
-    columns = middle.chunk(3, 1)
+    side = 2 * (32 + 2)
+    assert picture.shape[1] // side == 3
+    columns = picture[-8 * side :].chunk(3, 1)
     assert columns[1].mean() < columns[2].mean()
 
     film = kinds.interpolate(num_faces=2, frames=3, seed=1, attributes="black bear")
@@ -328,10 +369,21 @@ def test_the_noise_does_not_depend_on_the_wish_and_truncation_leaves_labels_alon
     torch.testing.assert_close(more[:5], few)
 
 
+def tiny_labels(dcgan, wish):
+    generator = dcgan.TrainedGenerator(attributes=wish)
+    [latents] = generator.latents(64, 1)
+    return set(map(tuple, latents[:, TINY["LATENT_SIZE"] :].tolist()))
+
+
 def test_a_combination_that_no_training_image_has_is_drawn_all_the_same(kinds, capsys):
     train(kinds, capsys, ATTRIBUTES="folders", EPOCHS=1)
     kinds.generate_images(4, attributes="polar bear,black bear")
+    assert tiny_labels(kinds, "polar bear,black bear") == {(1, 1)}
     assert "hardly any training image is polar bear,black bear" in capsys.readouterr().out
+    state = checkpoint(name="generator.pt")
+    state["labels"] = state["labels"][:1].clone()  # as if one kind were too rare for the sample
+    torch.save(state, "output/generator.pt")
+    assert tiny_labels(kinds, "polar bear") == {(-1, 1)}
 
 
 def test_generate_prints_the_names_that_the_generator_knows(drawer, capsys):
@@ -383,5 +435,8 @@ def test_the_demo_knows_what_it_draws(workplace):
     said = succeed("--demo", *words, cwd=workplace)
     assert "attributes: Smiling" in said and "3,936 beyond" in said
     rows = table(workplace / "data/demo/images" / TABLE)
-    assert len(rows) == 4000 and list(rows[7].values()) == ["000007.jpg", *map(str, drawn(7))]
+    assert len(rows) == 4000 and list(rows[7].values()) == [
+        "000007.jpg",
+        *("1" if label == 1 else "0" for label in drawn(7)),
+    ]
     assert (workplace / "output-demo/attributes.png").exists()
