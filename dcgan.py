@@ -826,10 +826,8 @@ def data_folder():
 
 # The names that nearly all images have. Any other file is opened to find out.
 IMAGE_NAME = re.compile("[.](jpe?g|png|bmp|ppm|pgm|tiff?|webp)$", re.IGNORECASE)
-
-
-# Also the table of their attributes.
-ATTRIBUTE_FILE = "list_attr_celeba.csv"
+ATTRIBUTE_FILE = "list_attr_celeba.csv"  # CelebA's table of attributes
+# What is unpacked.
 WANTED = re.compile(f"{IMAGE_NAME.pattern}|{ATTRIBUTE_FILE}$", re.IGNORECASE)
 
 
@@ -1211,8 +1209,7 @@ def augment_share(images):
     """AUGMENT for a number of images: 0.3 up to 200, then less, and 0 from 1,000.
 
     Measured at 32 pixels, after 120,000 images: 0.3 makes the distance to real faces a third
-    smaller for 200 faces, but a quarter larger for 1,000. 1 is
-    far too much.
+    smaller for 200 faces, but a quarter larger for 1,000. A share of 1 is far too much.
     """
     return 0.3 * min(1.0, max(0.0, (1_000 - images) / 800))
 
@@ -2253,7 +2250,8 @@ class TrainedGenerator:
             seed = random.SystemRandom().randrange(10**6)
             say(f"seed {seed}")
         seed = checked("seed", seed)
-        rng, label_rng = (torch.Generator().manual_seed(seed) for _ in range(2))
+        rng = torch.Generator().manual_seed(seed)
+        label_rng = torch.Generator().manual_seed(~seed)  # numbers that the noise does not use
         size = self.state["settings"]["LATENT_SIZE"]
         for _ in range(0, number, GENERATION_BATCH):
             noise = truncation * torch.randn(GENERATION_BATCH, size, generator=rng)
