@@ -1657,10 +1657,11 @@ def draw_attributes(draw, latents, names):
             columns[wish] = torch.cat([latents[:, : -len(names)], changed], 1)
     images = torch.stack([draw(column) for column in columns.values()], 1).flatten(0, 1)
     picture = ImageOps.scale(grid(images, len(columns)), 2)
-    picture = ImageOps.expand(picture, (0, 50, 0, 0), "white")
+    picture = ImageOps.expand(picture, (0, 70, 0, 0), "white")  # space for the names
     for number, name in enumerate(columns):
         place = (4 + picture.width * number // len(columns), 2)
-        ImageDraw.Draw(picture).text(place, name.replace("_", "\n"), "black")
+        text = name.replace("_", "\n")
+        ImageDraw.Draw(picture).text(place, text, "black", font_size=14)
     save_picture(picture, output_path("attributes.png"))
 
 

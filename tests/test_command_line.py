@@ -29,7 +29,8 @@ def wrong(name):
     allowed = allowed_for(name).removesuffix(" or None")
     low, is_range, high = allowed.partition("..")
     if not is_range:
-        return [""] if allowed == "a path" else ["float8", "33", ""]
+        texts = {"a path": [""], "names separated by commas": ["", ",", "Male,,Bald"]}
+        return texts.get(allowed, ["float8", "33", ""])
     kind, step = (float, 1e-3) if "." in low else (int, 1)
     outside = [kind(low) - step, kind(high) + step, "many", "", math.nan, math.inf]
     return outside + [2.5] * (kind is int)
@@ -120,6 +121,9 @@ def test_every_flag_sets_its_constant_for_the_run_and_main_puts_it_back(workplac
     given |= {"LEARNING_RATE": 1e-3, "D_LEARNING_RATE": 2e-4, "BETA1": 0.4, "BETA2": 0.99}
     given |= {"WEIGHT_DECAY": 0.02, "REAL_LABEL": 0.9, "R1_GAMMA": 0.02, "AVERAGE_SHARE": 0.2}
     given |= {"CHECKPOINT_MINUTES": 0.5, "SKIP_BROKEN": True, "MIRROR": False, "AUGMENT": 0.5}
+    given |= {"ATTRIBUTES": "Bald"}
+    rows = ["image_id,Bald", *(f"{index:06d}.jpg,1" for index in range(40))]
+    (workplace / "list_attr_celeba.csv").write_text("\n".join(rows))
     assert given.keys() == SETTINGS.keys()
     before = dcgan.setting_values()
     assert not [name for name in given.keys() - TINY.keys() if given[name] == before[name]]

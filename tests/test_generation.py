@@ -200,7 +200,7 @@ def test_from_python_a_wrong_number_is_a_value_error(drawer):
     for arguments in ((1,), (8, 0), (8, 1.5)):
         with pytest.raises(ValueError, match="num_faces|frames"):
             drawer.interpolate(*arguments)
-    names = "num_images seed checkpoint output truncation".split()
+    names = "num_images seed checkpoint output truncation attributes".split()
     assert list(inspect.signature(drawer.generate_images).parameters) == names
 
 
