@@ -333,6 +333,12 @@ def test_a_zip_that_gives_no_images_is_named(tiny, workplace, capsys, fault):
     train(tiny, capsys, "--data-dir", path, "--epochs", 1)
 
 
+def test_a_zip_that_cannot_be_unpacked_beside_itself_is_one_line(tiny, workplace, capsys):
+    path = zipped(workplace / "photos.zip", workplace / "faces")
+    (workplace / "photos.lock").mkdir()  # refuses to be written, as a read-only disk does
+    assert f"check DATA_DIR ({path})" in refused(capsys, "--data-dir", path, status=1)
+
+
 # ------------------------------------------------------------------------------------ small images
 
 
