@@ -1,12 +1,12 @@
 """Train a DCGAN on CelebA with one command, then generate new faces with it.
 
     pip install -r requirements.txt
-    python dcgan.py                            # download CelebA, train, show samples
-    python dcgan.py --demo                     # the same in minutes, on cartoon faces
+    python dcgan.py                            # download CelebA, train, save samples
+    python dcgan.py --demo                     # a small run in minutes, on cartoon faces
     python dcgan.py generate --num-images 16   # new faces
     python dcgan.py interpolate                # an animation that moves from face to face
     python dcgan.py evaluate                   # FID, KID, precision and recall
-    torchrun --nproc-per-node 4 dcgan.py       # the same training on four GPUs
+    torchrun --nproc-per-node 4 dcgan.py --batch-size 512    # train on four GPUs
 
 In a notebook: import dcgan; dcgan.EPOCHS = 2; dcgan.train(); dcgan.generate_images(num_images=16)
 
@@ -32,8 +32,8 @@ The sections of this file, in order (dependencies between two sections go one wa
     ranges of the settings     what each setting is and may be
     command line               flags, commands, exit statuses
 
-Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 pixels: 209 images
-per second, 2.5 times as many as a plain float32 DCGAN (tests/benchmark.py).
+Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 pixels with
+batches of 64: 209 images per second, 2.5 times as many as a plain float32 DCGAN.
 """
 
 # For `uv run dcgan.py`, which needs no installation: the same packages as in requirements.txt. On
@@ -120,7 +120,7 @@ except ImportError as error:
 
 # ---------------------------------------------------------------------------------------- settings
 # Edit these lines, or use flags: BATCH_SIZE is --batch-size. The comments give the reason for each
-# value. What a setting is, and its range, is in the table SETTINGS below, and in --help.
+# value. What a setting is, and its range, is in SETTING_GROUPS below, and in --help.
 
 # Data
 IMAGE_SIZE = 64  # as in the paper; doubling it takes three to five times as long
@@ -133,8 +133,8 @@ SKIP_BROKEN = False  # many broken images may mean that a download or a disk has
 
 # Networks
 LATENT_SIZE = 100  # as in the paper
-G_FEATURES = 64  # as in the paper; layers farther from the image have more
-D_FEATURES = 64  # as in the paper; fewer make the discriminator weaker
+G_FEATURES = 64  # the paper's 128 is slower; layers farther from the image have more
+D_FEATURES = 64  # fewer make the discriminator weaker
 ATTRIBUTES = None  # as in the paper; Male,Smiling lets you choose them for each face you generate
 
 # Training
@@ -208,9 +208,9 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """Images (N, 3, S, S) in [-1, 1] to float32 logits (N,) of the probability of "real".
 
-    With attributes, it also has a logit for each of them, and the product of these with the
-    image's labels (N, A) is added ("projection discriminator", Miyato, Koyama 2018,
-    https://arxiv.org/abs/1802.05637). So an image that does not fit its labels is a fake.
+    With attributes, it has one more logit for each. These, times the image's labels (N, A), are
+    added ("projection discriminator", Miyato, Koyama 2018, https://arxiv.org/abs/1802.05637), so an
+    image that does not fit its labels looks fake.
     """
 
     def __init__(self, image_size, features, attributes=0):
@@ -236,7 +236,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """Initial weights as in the paper: convolutions N(0, 0.02), gains N(1, 0.02), biases 0."""
+    """Initial weights as in the paper's code: convolutions N(0, 0.02), gains N(1, 0.02)."""
     if hasattr(module, "weight"):
         mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
         nn.init.normal_(module.weight, mean, 0.02)
@@ -1592,8 +1592,8 @@ def advice(rows, diversity_share):
     if d_real > 0.97 and d_fake < 0.03:
         yield (
             f"the discriminator has won: D(x) is {d_real:.3f} and D(G(z)) {d_fake:.3f} on average, "
-            "so the generator learns little; lower D_LEARNING_RATE, raise R1_GAMMA to 0.1 or 1, "
-            "and keep BETA1 at 0"
+            "so the generator learns little; set D_LEARNING_RATE to 0.0002, or R1_GAMMA to 0.1 or "
+            "1, and keep BETA1 at 0"
         )
     if diversity_share < 0.3:
         yield (
@@ -1735,8 +1735,8 @@ STEPS_NEEDED = {32: 2_000, 64: 4_000, 128: 8_000, 256: 16_000}
 RETRY_SECONDS = 15  # until a save that has failed is tried again: a network disk may come back
 TIE = 0.03  # distances this close count as equal: twice the variation between noise seeds
 NOT_FINITE = (
-    "LEARNING_RATE may be too high, or float16 too coarse; lower LEARNING_RATE or set PRECISION to "
-    "float32, then run the same command again to resume"
+    "LEARNING_RATE may be too high, or float16 too coarse; resume with a lower LEARNING_RATE or "
+    "with PRECISION float32"
 )
 
 
@@ -2237,7 +2237,7 @@ class TrainedGenerator:
         if fit.any():
             self.labels = self.labels[fit]
         else:
-            say(f"hardly any training image is {attributes}, so the images may look odd")
+            say(f"hardly any training image is {attributes}, so faces may look odd")
             self.labels = wished(self.labels, attributes, known, path, kinds)
 
     def latents(self, number, seed, truncation=1.0):
@@ -2359,9 +2359,9 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None,
     """Save a looping animation that moves between new faces; return its path.
 
     `frames` pictures lead from each face to the next. `attributes`: as for `generate_images`; the
-    labels of a face change linearly into those of the next. The noise by spherical interpolation:
-    high-dimensional noise lies close to a sphere, and two noise vectors are nearly orthogonal, so
-    the angle between them is taken as 90°.
+    labels of a face change linearly into those of the next. Noise is interpolated on a sphere,
+    because all noise vectors have nearly the same length. Any two are nearly orthogonal, so the
+    angle between them is taken as 90°.
     """
     path = picture_path("interpolation.gif", output, ANIMATIONS)
     number = checked("num_faces", num_faces)
@@ -2597,8 +2597,8 @@ def fill_folder(folder, put):
 ARCHIVE_BYTES = {CELEBA: 1_450_000_000}
 KAGGLE_SECONDS = 60  # a server that sends nothing for this long has failed
 # Kaggle's command line, in a process that ends when its parent does, because its stdin closes then.
-# It waits for servers without a limit, so it gets one. argv[0] must be "kaggle", or it assumes that
-# it is used as a library, and demands a login.
+# The client has no timeout, so we set one. With another argv[0] than "kaggle", it assumes that it
+# is used as a library, and demands a login.
 KAGGLE_CHILD = """
 import os, requests, runpy, sys, threading
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
@@ -2620,7 +2620,7 @@ KAGGLE_ERRORS = {
   - either create a token at https://www.kaggle.com/settings (API, Create New Token), and save it as
     ~/.kaggle/access_token, or set KAGGLE_API_TOKEN to it (an older kaggle.json goes to
     ~/.kaggle/kaggle.json); or
-  - put images of faces, from anywhere, into DATA_DIR (data/celeba) yourself; or
+  - put images of faces, from anywhere, into DATA_DIR yourself; or
   - run with --demo, which needs no account.""",
     r"was not found|rate limited|Kaggle's side|[45]\d\d (Client|Server) Error": r"Kaggle returned "
     r"an error (\g<0>): if it is 404 or 'not found', check KAGGLE_DATASET; if it is 429 or a rate "
@@ -2908,7 +2908,7 @@ failing: set[str] = set()  # what could not be written the last time
 def attempt(what, write, *arguments):
     """Call `write`, whose failure must not end the run. Returns whether it has worked.
 
-    A failure is said only if the attempt at `what` before did not fail.
+    Of several failures in a row, only the first is reported.
     """
     try:
         write(*arguments)
@@ -3020,7 +3020,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def locked(path, waiting=None):
     """A context that holds the lock file `path`, where the disk has locks.
 
-    If another process holds it, it says `waiting` and waits or, without such a text, raises
+    If another process holds it: prints `waiting` and waits; without that text, raises
     SystemFailure.
     """
     with disk_errors(path):
@@ -3135,11 +3135,11 @@ SETTING_GROUPS = {
     "data": {
         "IMAGE_SIZE": "pixels per side; 32, 64, 128, 256",
         "BATCH_SIZE": "images per step, over all processes; 2..65536",
-        "MAX_IMAGES": "number of images to use, in the order of their names; 1..1000000000 or None",
-        "MIRROR": "mirror half of the real images; True, False",
-        "AUGMENT": "share of the images, real and fake, that the discriminator sees with changed "
-        "colours and place, if not by the number of images; 0.0..1.0 or None",
-        "WORKERS": "processes that decode images; 0..1024 or None",
+        "MAX_IMAGES": "use the first so many images by name, by default all; 1..1000000000 or None",
+        "MIRROR": "mirror real images at random; True, False",
+        "AUGMENT": "share of real and fake images whose colours and position are changed at "
+        "random, by default 0.3 for small sets; 0.0..1.0 or None",
+        "WORKERS": "processes that decode images, by default one per core; 0..1024 or None",
         "SKIP_BROKEN": "go on even if over a tenth of the images cannot be read; True, False",
     },
     "networks": {
@@ -3167,8 +3167,8 @@ SETTING_GROUPS = {
         "CHECKPOINT_MINUTES": "minutes between checkpoints; 0.0..1000000.0",
     },
     "hardware": {
-        "DEVICE": "device for the networks; a device (cpu, cuda, cuda:1, mps, xpu) or None",
-        "PRECISION": "floating-point type of the networks; float32, bfloat16, float16 or None",
+        "DEVICE": "device, by default the best; a device (cpu, cuda, cuda:1, mps, xpu) or None",
+        "PRECISION": "number format, by default the fastest; float32, bfloat16, float16 or None",
     },
     "places": {
         "KAGGLE_DATASET": "data set on kaggle.com; owner/name",
@@ -3204,7 +3204,7 @@ def flag(name):
 
 
 def checked(name, value):
-    """`value` of a setting or argument, which may be the text of a flag, as its type.
+    """Convert `value`, which may be the text of a flag, to the type of this setting or argument.
 
     Raises UserError, with what is allowed.
     """
