@@ -216,12 +216,13 @@ class Discriminator(nn.Module):
     def __init__(self, image_size, features, attributes=0):
         super().__init__()
         widths = layer_widths(features, image_size)
-        layers = [nn.Conv2d(3, widths[0], 4, 2, 1)]  # (N, 64, 32, 32)
-        layers += [nn.LeakyReLU(0.2, inplace=True)]
-        for outer, inner in zip(widths, widths[1:]):
-            # in turn (N, 128, 16, 16), (N, 256, 8, 8), (N, 512, 4, 4)
-            layers += [nn.Conv2d(outer, inner, 4, 2, 1, bias=False)]
-            layers += [nn.BatchNorm2d(inner), nn.LeakyReLU(0.2, inplace=True)]
+        layers = []
+        for outer, inner in zip([3, *widths], widths):
+            # in turn (N, 64, 32, 32), (N, 128, 16, 16), (N, 256, 8, 8), (N, 512, 4, 4)
+            layers += [nn.Conv2d(outer, inner, 4, 2, 1, bias=outer == 3)]
+            if outer != 3:
+                layers += [nn.BatchNorm2d(inner)]
+            layers += [nn.LeakyReLU(0.2, inplace=True)]
         layers += [nn.Conv2d(widths[-1], 1 + attributes, 4, 1, 0), nn.Flatten()]  # (N, 1 + A)
         self.layers = nn.Sequential(*layers)
         self.apply(init_weights)
@@ -240,8 +241,8 @@ def init_weights(module):
     if hasattr(module, "weight"):
         mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
         nn.init.normal_(module.weight, mean, 0.02)
-    if getattr(module, "bias", None) is not None:
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 NO_LABELS = torch.zeros(1, 0, dtype=torch.int8)  # a row of labels without attributes
@@ -267,12 +268,12 @@ def build_generator(state):
 
     It is on the CPU. Raises RuntimeError if its weights do not fit the settings saved with them.
     """
-    settings, weights = state["settings"], state["average"]
-    size, noise, features = (settings[n] for n in ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES"))
+    settings = state["settings"]
+    latent_size = settings["LATENT_SIZE"] + len(state["attributes"])
     with torch.device("meta"):  # takes no memory: a bad file could ask for a huge network
-        generator = Generator(size, noise + len(state["attributes"]), features)
+        generator = Generator(settings["IMAGE_SIZE"], latent_size, settings["G_FEATURES"])
     # A plain dict has no _metadata, in which PyTorch would keep `assign` for later loads.
-    generator.load_state_dict(dict(weights), assign=True)
+    generator.load_state_dict(dict(state["average"]), assign=True)
     return generator.float().eval().requires_grad_(False)
 
 
@@ -301,9 +302,9 @@ def augment(images, changes):
     brightness, saturation, contrast, down, right = changes[..., None, None, None].unbind(1)
     images = images + brightness / 2
     grey = images.mean(1, keepdim=True)
-    images = grey + (images - grey) * (1 + saturation)
+    images = grey.lerp(images, 1 + saturation)
     mean = images.mean((1, 2, 3), keepdim=True)
-    images = mean + (images - mean) * (1 + contrast / 2)
+    images = mean.lerp(images, 1 + contrast / 2)
     # A product with a shifted identity matrix moves rows or columns by up to an eighth.
     size = images.shape[-1]
     here = torch.arange(size, device=images.device)
@@ -354,10 +355,9 @@ class Trainer:
 
         On grey images their gradients are equal as well, so all samples come out grey.
         """
-        for network in (self.generator, self.average):
-            network.layers[-2].weight[:, 1:] = network.layers[-2].weight[:, :1]
-        first = self.discriminator.layers[0].weight
-        first[:, 1:] = first[:, :1]
+        first, last = self.discriminator.layers[0], self.generator.layers[-2]
+        for layer in (first, last, self.average.layers[-2]):
+            layer.weight[:, 1:] = layer.weight[:, :1]
 
     def step(self, faces, flips, latents, with_penalty=False, changes=None):
         """One step of the discriminator, then one of the generator, on the same fakes.
@@ -537,7 +537,7 @@ class ScaledAdamW:
             for name in ("exp_avg", "exp_avg_sq"):  # they need the weights' memory format
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])
             moments["step"] = moments["step"].reshape(())  # a damaged one could have any shape
-        if state["scaler"] and self.scaler.is_enabled():
+        if state["scaler"]:  # ignored by a scaler that is not in use
             self.scaler.load_state_dict(state["scaler"])
 
 
@@ -546,10 +546,11 @@ class ScaledAdamW:
 
 def pick_device():
     """DEVICE or the best available, ready to use. Raises UserError if it cannot be used."""
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if best.type == "mps" and WORLD_SIZE > 1:
-        best = torch.device("cpu")  # processes cannot share gradients on MPS
-    device = torch.device(DEVICE or best.type)
+    best = torch.accelerator.current_accelerator(check_available=True)
+    kind = best.type if best else "cpu"
+    if kind == "mps" and WORLD_SIZE > 1:
+        kind = "cpu"  # processes cannot share gradients on MPS
+    device = torch.device(DEVICE or kind)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", launcher_number("LOCAL_RANK", 0))
     elif device.index is not None and WORLD_SIZE > 1:
@@ -703,7 +704,7 @@ def device_error(error):
         return f"out of memory ({text}); lower BATCH_SIZE, IMAGE_SIZE or --num-images"
     if re.search(UNSUPPORTED, str(error)):
         return f"{text}; try --precision float32, a lower BATCH_SIZE or --device cpu"
-    if WORLD_SIZE > 1 and re.search("gloo|nccl|connect|peer", str(error), re.IGNORECASE):
+    if WORLD_SIZE > 1 and re.search("(?i)gloo|nccl|connect|peer", str(error)):
         return f"process {RANK} has lost the others ({text}); see the first error, and run it again"
     return None
 
@@ -825,10 +826,10 @@ def data_folder():
 
 
 # The names that nearly all images have. Any other file is opened to find out.
-IMAGE_NAME = re.compile("[.](jpe?g|png|bmp|ppm|pgm|tiff?|webp)$", re.IGNORECASE)
+IMAGE_NAME = re.compile("(?i)[.](jpe?g|png|bmp|ppm|pgm|tiff?|webp)$")
 ATTRIBUTE_FILE = "list_attr_celeba.csv"  # CelebA's table of attributes
 # What is unpacked.
-WANTED = re.compile(f"{IMAGE_NAME.pattern}|{ATTRIBUTE_FILE}$", re.IGNORECASE)
+WANTED = re.compile(f"{IMAGE_NAME.pattern}|{ATTRIBUTE_FILE}$")
 
 
 def list_images(folder, others):
@@ -851,11 +852,13 @@ def list_images(folder, others):
 
 
 def list_files(folder):
-    """Yield the relative path of each file below `folder`.
+    """Yield the relative path of each file below `folder`, if that is a folder.
 
     Links are followed, but no folder is listed twice. Raises OSError for a folder that cannot be
     listed.
     """
+    if not os.path.isdir(folder):
+        return
 
     def refuse(error):
         if not hidden(os.path.relpath(error.filename, folder)):
@@ -916,7 +919,7 @@ def as_shown(image):
         if not np.isfinite(values).all():
             raise ValueError("its pixels are all the same, or not finite")
         image = Image.fromarray(np.uint8(255 * values + 0.5))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
@@ -933,7 +936,7 @@ def find_faces(folder, image_size, attributes=None):
     """
     others = Counter()
     with disk_errors(folder):
-        images = sorted(list_images(folder, others)) if folder.is_dir() else []
+        images = sorted(list_images(folder, others))
     if not images:
         raise UserError(
             f"DATA_DIR ({folder}) holds no images{left_out(others)}; put some there, or a zip of "
@@ -958,21 +961,20 @@ def read_labels(folder, names, attributes):
     They come from the names of subfolders, or from ATTRIBUTE_FILE. Images without labels are left
     out. Raises UserError if none has any.
     """
-    place = folder / os.path.commonpath([os.path.dirname(name) for name in names])
+    place = folder / os.path.commonpath(map(os.path.dirname, names))
     if attributes == "folders":
         parts = {name: (folder / name).relative_to(place).parts for name in names}
-        kinds = {name: inner[0] for name, inner in parts.items() if len(inner) > 1}
-        known = sorted(set(kinds.values()))
+        keys = {name: inner[0] for name, inner in parts.items() if len(inner) > 1}
+        known = sorted(set(keys.values()))
+        table = dict(zip(known, np.eye(len(known), dtype=bool)))
         listed = f"in a subfolder of {place}"
-        one_hot = dict(zip(known, np.eye(len(known), dtype=bool)))
-        rows = {name: one_hot[kind] for name, kind in kinds.items()}
     else:
         known = list(dict.fromkeys(attributes.split(",")))
         path = find_table(folder, place)
+        keys = {name: Path(name).stem for name in names}
         table = read_attributes(path, known)
         listed = f"in {path}"
-        stems = {name: Path(name).stem for name in names}
-        rows = {name: table[stem] for name, stem in stems.items() if stem in table}
+    rows = {name: table[key] for name, key in keys.items() if key in table}
     missing = [name for name in names if name not in rows]
     if missing:
         text = f"{plural(len(missing), 'image')} not {listed}, such as {missing[0]}"
@@ -1041,10 +1043,9 @@ def wished(labels, wish, known, owner, kinds=None):
 
 def left_out(others):
     """Text for `others`, a Counter: how many files of each kind are not used."""
-    kinds = (+others).most_common()
-    rest = sum(count for _, count in kinds[9:])
-    kinds[9:] = [("others", rest)] if rest else []
-    text = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+    kinds = dict(others.most_common(9))
+    kinds["others"] = others.total() - sum(kinds.values())
+    text = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count > 0)
     return f"; left out: {text}" if text else ""
 
 
@@ -1093,13 +1094,12 @@ class FaceFolder(ImageFolder):
         """
         sides = []
         for path, _ in self.samples[:: math.ceil(len(self) / 64)]:
-            if not os.path.isfile(path):  # opening a pipe would wait forever
-                continue
-            with suppress(Exception), quiet(), Image.open(path) as image:
-                sides.append(min(image.size))
+            if os.path.isfile(path):  # opening a pipe would wait forever
+                with suppress(Exception), quiet(), Image.open(path) as image:
+                    sides.append(min(image.size))
         size = self.shape[-1]
         side = sorted(sides)[len(sides) // 10] if sides else size
-        fits = max((fit for fit in (32, 64, 128, 256) if fit <= side), default=32)
+        fits = max(32, 2 ** (side.bit_length() - 1))
         if fits < size:
             say(
                 f"many images are smaller than IMAGE_SIZE ({size}), down to {min(sides)} pixels, "
@@ -1121,7 +1121,7 @@ class FaceFolder(ImageFolder):
             with damage_errors(f"{self.cache} is damaged"), disk_errors(self.cache):
                 if not self.cache.exists():
                     return None
-                images = np.lib.format.open_memmap(self.cache, mode="r")
+                images = np.load(self.cache, mmap_mode="r")
                 if images.dtype != np.uint8 or images.shape[1:] != self.shape:
                     raise ValueError("it holds something else")
                 end = images.offset + images.nbytes
@@ -1144,11 +1144,11 @@ class FaceFolder(ImageFolder):
         bar = progress_bar(self.decode(), count, "decoding", " images")
         with replacing(self.cache) as file:
             self.write_header(file, count)
-            for number, (item, name) in enumerate(zip(bar, self.names)):
+            for number, item in enumerate(bar):
                 if isinstance(item, bytes):
                     file.write(item)
                     continue
-                broken[number] = f"{os.path.join(self.root, name)!r}: {one_line(item)}"
+                broken[number] = f"{self.samples[number][0]!r}: {one_line(item)}"
                 if len(broken) <= 10:
                     say(f"skipped {broken[number]}")
             if broken:
@@ -1220,10 +1220,10 @@ class Batches:
     With several processes, each draws the numbers of the whole batch and takes its share of them.
     """
 
-    def __init__(self, faces, device, labels=None):
-        """`faces`: (N, 3, H, W); `labels`: (N, A), or None without attributes."""
+    def __init__(self, faces, device, labels=NO_LABELS):
+        """`faces`: (N, 3, H, W); `labels`: (N, A), or NO_LABELS."""
         self.faces = faces
-        self.labels = NO_LABELS.expand(len(faces), 0) if labels is None else labels
+        self.labels = labels.expand(len(faces), -1)
         self.device = device
         self.steps = len(faces) // BATCH_SIZE  # full batches only
         if self.steps == 0:
@@ -1278,7 +1278,7 @@ class Batches:
 
     def reals(self, chosen):
         """The real images with the numbers `chosen`, (N, 3, H, W) in [0, 1], on the CPU."""
-        return self.faces[chosen].cpu().float() / 255
+        return self.faces[chosen].cpu() / 255
 
 
 # ----------------------------------------------------------------------------------------- records
@@ -1367,11 +1367,11 @@ def csv_lines(rows):
 
 def saved_values(owner):
     """{name: value} of the attributes that `owner.saved` names, for a checkpoint."""
-    values = {name: getattr(owner, name) for name in owner.saved}
-    return {
-        name: value.state_dict() if hasattr(value, "state_dict") else value
-        for name, value in values.items()
-    }
+    state = {}
+    for name in owner.saved:
+        value = getattr(owner, name)
+        state[name] = value.state_dict() if hasattr(value, "state_dict") else value
+    return state
 
 
 def restore_values(owner, state):
@@ -1397,17 +1397,16 @@ class Timer:
 
     def due(self, seconds):
         """Whether more than so many seconds have passed since it last returned True."""
-        now = perf_counter()
-        is_due = now - self.last > seconds
-        if is_due:
-            self.last = now
-        return is_due
+        if perf_counter() - self.last <= seconds:
+            return False
+        self.last = perf_counter()
+        return True
 
 
 # ------------------------------------------------------------------------------------- checkpoints
 
 NETWORK_SETTINGS = ("IMAGE_SIZE", "LATENT_SIZE", "G_FEATURES", "D_FEATURES", "ATTRIBUTES")
-ORDER_SETTINGS = ("BATCH_SIZE", "SEED", "MAX_IMAGES")
+ORDER_SETTINGS = {"BATCH_SIZE", "SEED", "MAX_IMAGES"}
 
 
 def generator_state(state, row):
@@ -1441,12 +1440,11 @@ def read_checkpoint(path):
             state = torch.load(path, map_location="cpu", weights_only=True)
     with damage_errors(f"{path} is not a checkpoint of dcgan.py"):
         rename_old_fields(state)
-        for name in NETWORK_SETTINGS:
-            checked(name, state["settings"][name])
+        settings = state["settings"]
+        for name in (*NETWORK_SETTINGS, "DATA_DIR"):
+            settings[name] = checked(name, settings[name])
         for name in ("epoch", "images"):
             state[name] = parse(state[name], COUNT)
-        folder = state["settings"].get("DATA_DIR", data_folder())  # old generator.pt have none
-        state["settings"]["DATA_DIR"] = checked("DATA_DIR", folder)
         state["attributes"] = list(map(str, state["attributes"]))
         list(zip(state["attributes"], state["labels"][0], strict=True))  # an error if they differ
         build_generator(state)  # raises an error if the weights do not fit
@@ -1463,7 +1461,8 @@ def rename_old_fields(state):
         state["totals"] = torch.tensor([*state["totals"], state.pop("interval")])
     if "older" not in state:
         state |= {"older": 0, "data": None}  # its images had another kind of key
-    state["settings"] = {"AUGMENT": 0.0, "ATTRIBUTES": None} | state["settings"]
+    defaults = {"AUGMENT": 0.0, "ATTRIBUTES": None, "DATA_DIR": data_folder()}
+    state["settings"] = defaults | state["settings"]
     state |= {"attributes": [], "labels": NO_LABELS} | state
 
 
@@ -1502,14 +1501,13 @@ def grid(images, columns=8):
 
 def save_picture(picture, path, **options):
     """Write a PIL picture in the format of the path's extension."""
-    form = Image.registered_extensions()[path.suffix.lower()]
-    write_file(path, lambda file: picture.save(file, form, quality=95, **options))
+    write_file(path, lambda file: picture.save(file, quality=95, **options))
 
 
 def save_animation(pictures, path, duration):
     """A looping animation of PIL pictures, each shown for `duration` milliseconds."""
-    options = {"save_all": True, "append_images": pictures[1:], "loop": 0, "duration": duration}
-    save_picture(pictures[0], path, **options)
+    first, *rest = pictures
+    save_picture(first, path, save_all=True, append_images=rest, loop=0, duration=duration)
 
 
 @torch.no_grad()
@@ -1524,22 +1522,21 @@ def face_distance(fakes, reals):
     if min(len(fakes), len(reals)) < 2:
         return math.inf
     rng = torch.Generator().manual_seed(0)
-    both = [fakes, reals]
+    images, count = torch.cat([reals, fakes]), len(reals)
     for channels in (3, 32):
         filters = torch.randn(32, channels, 3, 3, generator=rng)
         bias = 0.3 * torch.randn(32, 1, 1, generator=rng)
-        both = [F.conv2d(images, filters, stride=2, padding=1) for images in both]
-        spread, mean = torch.std_mean(both[1], (0, 2, 3), keepdim=True)
-        spread = spread.clamp_min(1e-6)
-        both = [F.leaky_relu((images - mean) / spread + bias, 0.2) for images in both]
-    both = [F.adaptive_avg_pool2d(images, 4).flatten(1).double() for images in both]
-    spread = both[1].std(0)
+        images = F.conv2d(images, filters, stride=2, padding=1)
+        spread, mean = torch.std_mean(images[:count], (0, 2, 3), keepdim=True)
+        images = F.leaky_relu((images - mean) / spread.clamp_min(1e-6) + bias, 0.2)
+    features = F.adaptive_avg_pool2d(images, 4).flatten(1).double()
+    spread = features[:count].std(0)
     varied = spread > 1e-6  # a constant feature says nothing
     if not varied.any():  # all are copies of one image
         return math.inf
-    fakes, reals = (features[:, varied] / spread[varied] for features in both)
+    features = features[:, varied] / spread[varied]
     try:
-        return frechet_distance(fakes, reals) / len(spread[varied])
+        return frechet_distance(features[count:], features[:count]) / features.shape[1]
     except torch.linalg.LinAlgError:  # too many images are copies of others
         return math.inf
 
@@ -1567,12 +1564,11 @@ def nearest(images, batches):
     least = torch.full((len(images),), math.inf)
     found = torch.zeros_like(images)
     for batch in batches:
-        small = downscale([batch])
-        for axes in [(), (3,)] if MIRROR else [()]:
-            nearness, indices = torch.cdist(wanted, small.flip(axes).flatten(1)).min(1)
+        for candidates in [batch, batch.flip(3)] if MIRROR else [batch]:
+            nearness, indices = torch.cdist(wanted, downscale([candidates]).flatten(1)).min(1)
             nearer = nearness < least
             least[nearer] = nearness[nearer]
-            found[nearer] = batch[indices[nearer]].flip(axes)
+            found[nearer] = candidates[indices[nearer]]
     return found
 
 
@@ -1652,8 +1648,8 @@ def draw_attributes(draw, latents, names):
     columns = {"as drawn": latents}
     for name in names[:ATTRIBUTES_SHOWN]:
         for wish in (name,) if ATTRIBUTES == "folders" else (f"-{name}", name):
-            changed = wished(latents[:, -len(names) :], wish, names, "", ATTRIBUTES)
-            columns[wish] = torch.cat([latents[:, : -len(names)], changed], 1)
+            changed = wished(latents[:, LATENT_SIZE:], wish, names, "", ATTRIBUTES)
+            columns[wish] = torch.cat([latents[:, :LATENT_SIZE], changed], 1)
     images = torch.stack([draw(column) for column in columns.values()], 1).flatten(0, 1)
     picture = ImageOps.scale(grid(images, len(columns)), 2)
     picture = ImageOps.expand(picture, (0, 70, 0, 0), "white")  # space for the names
@@ -1880,10 +1876,10 @@ class Run:
 
         Raises UserError if it is damaged.
         """
-        then, now = state["settings"], setting_values()
+        now, places = setting_values(), SETTING_GROUPS["places"]
         with damage_errors(f"the checkpoint in {OUTPUT_DIR} is damaged; move it away"):
-            compared = [name for name in now if name not in SETTING_GROUPS["places"]]
-            changed = [name for name in compared if then.get(name, now[name]) != now[name]]
+            then = now | state["settings"]
+            changed = [name for name in now if then[name] != now[name] and name not in places]
             for owner in (self, self.trainer):
                 restore_values(owner, state)
         if changed:
@@ -1896,7 +1892,7 @@ class Run:
                 f"{data_folder()} holds other images than at the checkpoint; the search for the "
                 "best epoch starts again"
             )
-        if other_images or set(changed) & set(ORDER_SETTINGS):
+        if other_images or ORDER_SETTINGS & set(changed):
             if self.step:
                 say(f"the order of the images has changed: epoch {self.epoch + 1} starts again")
             self.step = 0
@@ -2083,8 +2079,8 @@ class Run:
         Some are skipped if epochs are short, but never the first or the last one.
         """
         rows, trainer = self.quality.rows[self.older :], self.trainer
-        measured = rows[-1].images if rows else -math.inf
-        if RANK > 0 or (self.epoch < EPOCHS and trainer.images - measured < MEASURE_EVERY):
+        early = rows and trainer.images - rows[-1].images < MEASURE_EVERY
+        if RANK > 0 or (early and self.epoch < EPOCHS):
             return []
         rng = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(self.batches.faces), generator=rng)[: 2 * DISTANCE_IMAGES]
@@ -2146,7 +2142,7 @@ class Run:
         batches = None
         if self.epoch == EPOCHS:
             numbers = torch.arange(len(self.batches.faces)).split(64)
-            numbers = progress_bar(numbers, len(numbers), "comparing", " batches", leave=False)
+            numbers = progress_bar(numbers, None, "comparing", " batches", leave=False)
             batches = map(self.batches.reals, numbers)
         attempt("real_vs_fake.png", draw_comparison, epochs, self.reals, fakes, batches)
         attempt("training.gif", draw_animation, self.epoch)
@@ -2223,8 +2219,8 @@ class TrainedGenerator:
         about = f"; attributes: {known}" if known else ""
         say(f"the generator of {path}, after epoch {self.state['epoch']}{about}")
         self.labels = self.state["labels"]
-        if attributes is not None:
-            self.choose_labels(checked("attributes", attributes), path)
+        if wish := checked("attributes", attributes):
+            self.choose_labels(wish, path)
         self.device = pick_device()
         self.dtype = pick_dtype(self.device)
         generator = build_generator(self.state)
@@ -2273,7 +2269,7 @@ def find_checkpoint():
     """OUTPUT_DIR's best generator or, before there is one, its checkpoint. UserError if none."""
     for name in ("generator.pt", "checkpoint.pt", "checkpoint.previous.pt"):
         path = output_path(name)
-        if os.path.exists(path):
+        if path.exists():
             return path
     raise UserError(f"no checkpoint in OUTPUT_DIR ({OUTPUT_DIR}); train first, or use --checkpoint")
 
@@ -2336,7 +2332,7 @@ def generate(
 ):
     """The command: new faces in a grid or, if `individual`, in a file each."""
     number = checked("num_images", num_images)
-    if not individual:
+    if not checked("individual", individual):
         if number > GRID_LIMIT:
             raise UserError(
                 f"num_images (--num-images) is {number}, but a grid holds {GRID_LIMIT:,}; "
@@ -2374,8 +2370,8 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None,
     pairs = zip(corners, corners.roll(-1, 0))
     for start, end in progress_bar(pairs, number, "drawing", " faces"):
         noise = angles.cos() * start[:size] + angles.sin() * end[:size]
-        noise = F.normalize(noise) * math.sqrt(size)
-        walk = torch.cat([noise, torch.lerp(start[size:], end[size:], angles * 2 / math.pi)], 1)
+        walk = torch.lerp(start, end, angles * 2 / math.pi)
+        walk[:, :size] = F.normalize(noise) * math.sqrt(size)
         pictures += [ImageOps.scale(grid(image), 2) for image in trained.draw(walk)]
     save_animation(pictures, path, 60)
     say(f"saved {path}")
@@ -2537,13 +2533,12 @@ def download():
 def any_image(folder):
     """An image in `folder`, as `list_images` yields it, or None."""
     with disk_errors(folder):
-        return next(list_images(folder, Counter()), None) if folder.is_dir() else None
+        return next(list_images(folder, Counter()), None)
 
 
 def find_archives(folder):
     """The zips in `folder` or, if there are none, the one beside it that has its name."""
-    names = list_files(folder) if folder.is_dir() else []
-    inside = [Path(folder, name) for name in names if not hidden(name)]
+    inside = [Path(folder, name) for name in list_files(folder) if not hidden(name)]
     beside = [path for path in folder.parent.glob("*") if path.stem == folder.name]
     for paths in (inside, beside):
         zips = [path for path in paths if path.suffix.lower() == ".zip" and os.path.isfile(path)]
@@ -2659,7 +2654,8 @@ def fetch_celeba(downloads, folder):
         need_space(downloads, 2 * ARCHIVE_BYTES.get(KAGGLE_DATASET, 0) - size, "CelebA")
         if KAGGLE_DATASET not in ARCHIVE_BYTES:
             check_listing(archive, anonymous)
-        failed, failure = run_kaggle(["download", "--quiet"], archive, anonymous)
+        words = ["download", "--quiet", "-p", str(downloads)]
+        failed, failure = run_kaggle(words, archive, anonymous)
         if not failed:
             try:
                 images, _ = unpack(archive, folder)
@@ -2720,8 +2716,6 @@ def run_kaggle(words, archive, anonymous):
     child = KAGGLE_CHILD.replace("SECONDS", str(KAGGLE_SECONDS))
     # -P: so that it imports nothing from the working directory.
     command = [sys.executable, "-P", "-c", child, "datasets", *words, KAGGLE_DATASET]
-    if words[0] == "download":
-        command += ["-p", str(archive.parent)]
     environment = kaggle_environment(str(archive.parent.resolve()), anonymous)
     options = {"initial": file_size(archive), "unit_scale": True}
     total = ARCHIVE_BYTES.get(KAGGLE_DATASET)
@@ -2764,20 +2758,19 @@ def unpack(archive, folder):
     which begins with "not unpacked", if the archive is damaged.
     """
     with damage_errors("not unpacked"), zipfile.ZipFile(archive) as source:
-        members = [
-            member
-            for member in source.infolist()
-            if not hidden(member.filename)
-            and (WANTED.search(member.filename) or opens(source.open(member)))
-        ]
-        count = sum(ATTRIBUTE_FILE not in member.filename for member in members)
-        others = Counter(Path(member.filename).suffix.lower() for member in source.infolist())
-        others -= Counter(Path(member.filename).suffix.lower() for member in members)
+        members, others = [], Counter()
+        for member in source.infolist():
+            name = member.filename
+            if not hidden(name) and (WANTED.search(name) or opens(source.open(member))):
+                members.append(member)
+            else:
+                others[Path(name).suffix.lower()] += 1
         del others[""]  # folders
+        count = sum(ATTRIBUTE_FILE not in member.filename for member in members)
         with disk_errors(folder):
             make_folder(folder)
         need_space(folder, sum(member.file_size for member in members), "unpacking")
-        for member in progress_bar(members, len(members), "unpacking", " images"):
+        for member in progress_bar(members, None, "unpacking", " images"):
             with disk_errors(folder):
                 source.extract(member, folder)  # never outside of the folder
     return count, others
@@ -2958,6 +2951,7 @@ def write_file(path, write, previous=None):
     It writes to memory first, because torch.save raises no OSError when a disk is full.
     """
     buffer = io.BytesIO()
+    buffer.name = path  # its extension tells Pillow the format
     write(buffer)
     with replacing(path, previous) as file:
         file.write(buffer.getbuffer())
@@ -3186,6 +3180,7 @@ ARGUMENTS = {
     "truncation": "factor for the noise; below 1, faces are cleaner but more alike; 0.0..1.0",
     "attributes": "what all faces have or, with - before it, do not have, such as "
     "Smiling,-Male; names separated by commas or None",
+    "individual": "one PNG file per face instead of a grid; True, False",
     "seed": "seed of the noise: the same seed draws the same faces; 0..9223372036854775807",
     "checkpoint": "checkpoint.pt or generator.pt to draw from; a path",
     "output": "file or folder to write; a path",
@@ -3211,7 +3206,7 @@ def checked(name, value):
     allowed = (SETTINGS | ARGUMENTS)[name].rpartition("; ")[2]
     try:
         return parse(value, allowed)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # what is raised depends on the type of `value`
         given = one_line(repr(value))
         whole = " (whole numbers)" if re.match(r"\d+\.\.", allowed) else ""
         text = f"{name} ({flag(name)}) is {given}; it must be {allowed}{whole}"
@@ -3236,19 +3231,18 @@ def parse(value, allowed):
         raise ValueError
     if rule.startswith("a device"):
         return str(torch.device(value))
-    is_text = rule in ("a path", "names separated by commas")
-    text = os.fspath(value) if is_text else str(value)
     patterns = {
         "a path": r"[^\0]+",
         "owner/name": r"[\w-]+/[\w-]+",
         "names separated by commas": r"[^,\0]+(,[^,\0]+)*",
     }
+    text = os.fspath(value) if rule in patterns else str(value)
     os.fsencode(text)  # raises ValueError if no file can have this name
     if not re.fullmatch(patterns.get(rule) or rule.replace(", ", "|"), text):
         raise ValueError
     if rule == "a path":
         return str(Path(text).expanduser().absolute())
-    if is_text:
+    if rule in patterns:
         return text
     return {"True": True, "False": False}.get(text, int(text) if rule[0].isdigit() else text)
 
@@ -3294,7 +3288,7 @@ COMMANDS = {
     "generate": (
         generate,
         "Generate new faces: one grid or, with --individual, one file per face.",
-        GENERATOR_FLAGS + "num_images truncation output attributes",
+        GENERATOR_FLAGS + "num_images truncation individual output attributes",
     ),
     "interpolate": (
         interpolate,
@@ -3338,8 +3332,6 @@ def command_line():
     for word, (function, about, flags) in COMMANDS.items():
         inner = words.add_parser(word, help=about, description=about, **options)
         add_flags(inner, function, flags.split(), MEANINGS)
-    text = "one PNG file per face instead of a grid"
-    words.choices["generate"].add_argument("--individual", action="store_true", help=text)
     return parser
 
 
@@ -3367,9 +3359,7 @@ def parse_words(words):
 
     Raises UserError for what is unknown, and for a setting that the command does not use.
     """
-    known = [
-        flag(name) for name in (*SETTINGS, *ARGUMENTS, "demo", "version", "individual", "help")
-    ]
+    known = [flag(name) for name in (*SETTINGS, *ARGUMENTS, "demo", "version", "help")]
     for word in words:
         name = word.partition("=")[0]
         if name.startswith("--") and name not in known:  # argparse would call its value a command
