@@ -2615,7 +2615,7 @@ KAGGLE_ERRORS = {
   - either create a token at https://www.kaggle.com/settings (API, Create New Token), and save it as
     ~/.kaggle/access_token, or set KAGGLE_API_TOKEN to it (an older kaggle.json goes to
     ~/.kaggle/kaggle.json); or
-  - put images of faces, from anywhere, into DATA_DIR yourself; or
+  - put images of faces, from anywhere, into DATA_DIR (data/celeba) yourself; or
   - run with --demo, which needs no account.""",
     r"was not found|rate limited|Kaggle's side|[45]\d\d (Client|Server) Error": r"Kaggle returned "
     r"an error (\g<0>): if it is 404 or 'not found', check KAGGLE_DATASET; if it is 429 or a rate "
