@@ -1731,8 +1731,8 @@ STEPS_NEEDED = {32: 2_000, 64: 4_000, 128: 8_000, 256: 16_000}
 RETRY_SECONDS = 15  # until a save that has failed is tried again: a network disk may come back
 TIE = 0.03  # distances this close count as equal: twice the variation between noise seeds
 NOT_FINITE = (
-    "LEARNING_RATE may be too high, or float16 too coarse; resume with a lower LEARNING_RATE or "
-    "with PRECISION float32"
+    "LEARNING_RATE may be too high, or float16 too coarse; lower LEARNING_RATE or set PRECISION to "
+    "float32, then run the same command again to resume"
 )
 
 
