@@ -1725,8 +1725,8 @@ def animation_frame(path):
 # ---------------------------------------------------------------------------------------- training
 
 MEASURE_EVERY = 25_000  # images; one measurement takes as long as training on about 500
-# Steps after which faces are good, by IMAGE_SIZE; after a quarter of them, they are crude. Measured
-# at 32 and 64 pixels.
+# Steps after which faces are good, by IMAGE_SIZE, with batches of 64; after a quarter of them, they
+# are crude. Measured at 64 pixels.
 STEPS_NEEDED = {32: 2_000, 64: 4_000, 128: 8_000, 256: 16_000}
 RETRY_SECONDS = 15  # until a save that has failed is tried again: a network disk may come back
 TIE = 0.03  # distances this close count as equal: twice the variation between noise seeds
