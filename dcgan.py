@@ -291,6 +291,13 @@ def bce(logits, target):
     return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
 
+def training_images(faces, flips):
+    """`faces`, uint8 (N, 3, H, W), as images in [-1, 1], mirrored where `flips` (N, 1, 1, 1)."""
+    images = torch.where(flips, faces.flip(3), faces)
+    layout = memory_format(faces.device)
+    return images.to(torch.float32, memory_format=layout).mul_(2 / 255).sub_(1)
+
+
 def augment(images, changes):
     """Change the colours and the place of `images` (N, 3, S, S) in [-1, 1], each by its `changes`.
 
@@ -370,9 +377,7 @@ class Trainer:
         and from then on only replayed. Python numbers keep the value they had at the capture, and
         print() stops printing. Tensors behave as usual.
         """
-        reals = torch.where(flips, faces.flip(3), faces)
-        layout = memory_format(self.device)
-        reals = reals.to(torch.float32, memory_format=layout).mul_(2 / 255).sub_(1)
+        reals = training_images(faces, flips)
         labels = latents[:, LATENT_SIZE:].flatten(1)
 
         # Discriminator: minimise -log D(x) - log(1 - D(G(z))).
