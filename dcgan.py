@@ -47,6 +47,7 @@ batches of 64: 209 images per second, 2.5 times as many as a plain float32 DCGAN
 #     "torchvision>=0.26",
 #     "matplotlib>=3.9",
 #     "tqdm>=4.66",
+#     "pillow>=10.1",
 #     "kaggle>=2.2",
 #     "six>=1.16",
 # ]
@@ -1604,14 +1605,16 @@ def advice(rows, diversity_share):
         )
 
 
-@contextmanager
-def figure_file(name, width, height):
-    """Yield a matplotlib figure, and save it in OUTPUT_DIR afterwards. It opens no window."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((width, height), layout="constrained")
-    yield figure
-    write_file(output_path(name), lambda file: figure.savefig(file, format="png"))
+def side_by_side(pictures, titles, width):
+    """PIL pictures in a row, each in the middle of `width` pixels and below its title."""
+    top = 24 * max(title.count("\n") + 1 for title in titles)
+    height = top + max(picture.height for picture in pictures)
+    sheet = Image.new("RGB", (width * len(pictures), height), "white")
+    for number, (picture, title) in enumerate(zip(pictures, titles)):
+        left = width * number
+        sheet.paste(picture, (left + (width - picture.width) // 2, top))
+        ImageDraw.Draw(sheet).text((left + 4, 2), title, "black", font_size=16)
+    return sheet
 
 
 def load_matplotlib():
@@ -1637,11 +1640,10 @@ def draw_comparison(epochs, reals, fakes, batches=None):
         f"generated, after {round(epochs, 2):g} epochs",
         "for each generated image, the most similar real one",
     )
-    with figure_file("real_vs_fake.png", 5.5 * len(sets), 6) as figure:
-        for axes, images, title in zip(figure.subplots(1, len(sets)), sets, titles):
-            axes.set_title(title)
-            axes.imshow(grid(images))
-            axes.axis("off")
+    scale = max(1, 64 // fakes.shape[-1])
+    pictures = [ImageOps.scale(grid(images), scale) for images in sets]
+    width = max(550, pictures[0].width)
+    save_picture(side_by_side(pictures, titles, width), output_path("real_vs_fake.png"))
 
 
 def draw_attributes(draw, latents, names):
@@ -1655,14 +1657,9 @@ def draw_attributes(draw, latents, names):
         for wish in (name,) if ATTRIBUTES == "folders" else (f"-{name}", name):
             changed = wished(latents[:, LATENT_SIZE:], wish, names, "", ATTRIBUTES)
             columns[wish] = torch.cat([latents[:, :LATENT_SIZE], changed], 1)
-    images = torch.stack([draw(column) for column in columns.values()], 1).flatten(0, 1)
-    picture = ImageOps.scale(grid(images, len(columns)), 2)
-    picture = ImageOps.expand(picture, (0, 70, 0, 0), "white")  # space for the names
-    for number, name in enumerate(columns):
-        place = (4 + picture.width * number // len(columns), 2)
-        text = name.replace("_", "\n")
-        ImageDraw.Draw(picture).text(place, text, "black", font_size=14)
-    save_picture(picture, output_path("attributes.png"))
+    pictures = [ImageOps.scale(grid(draw(column), 1), 2) for column in columns.values()]
+    titles = [name.replace("_", "\n") for name in columns]
+    save_picture(side_by_side(pictures, titles, pictures[0].width), output_path("attributes.png"))
 
 
 def draw_losses(steps, rows, quality):
@@ -1670,29 +1667,33 @@ def draw_losses(steps, rows, quality):
 
     Below them, the distances in quality.csv; the epoch of generator.pt is marked.
     """
+    from matplotlib.figure import Figure  # it opens no window, as pyplot would
+
     columns = Row(*zip(*rows))  # its fields hold whole columns here
     epochs = [row.epoch - 1 + row.step / steps for row in rows]
     late = rows[len(rows) // 20 :]  # the first steps' losses would dwarf the rest
     highest = max(row.loss_d + row.loss_g for row in late)
-    with figure_file("losses.png", 9, 10) as figure:
-        upper, middle, lower = figure.subplots(3, 1, sharex=True)
-        draw_curve(upper, epochs, columns.loss_d, "C0", "discriminator")
-        draw_curve(upper, epochs, columns.loss_g, "C1", "generator")
-        draw_curve(middle, epochs, columns.d_real, "C2", "D(x), of real images")
-        draw_curve(middle, epochs, columns.d_fake, "C3", "D(G(z)), of fakes")
-        upper.set_title("healthy: both rise and fall; the generator's loss may rise slowly")
-        upper.set(ylabel="loss", ylim=(0, highest))
-        middle.set_title("healthy: apart, but away from 1 and 0 (there the discriminator has won)")
-        middle.set(ylabel='probability of "real"', ylim=(-0.02, 1.02))
-        lower.set_title("distance to real faces (grey line: real faces to other real faces)")
-        lower.set(ylabel="distance", xlabel="epoch", yscale="log")
-        if quality:
-            measured = Quality(*zip(*quality))
-            best = measured.epoch.index(measured.best[-1])
-            lower.plot(measured.epoch, measured.distance, "C4o-", label="averaged generator")
-            lower.plot(measured.best[-1], measured.distance[best], "r*", label="generator.pt")
-            lower.axhline(measured.floor[-1], color="grey")
-            lower.legend()
+    figure = Figure((9, 10))
+    figure.subplots_adjust(0.08, 0.06, 0.98, 0.96)
+    upper, middle, lower = figure.subplots(3, 1, sharex=True)
+    draw_curve(upper, epochs, columns.loss_d, "C0", "discriminator")
+    draw_curve(upper, epochs, columns.loss_g, "C1", "generator")
+    draw_curve(middle, epochs, columns.d_real, "C2", "D(x), of real images")
+    draw_curve(middle, epochs, columns.d_fake, "C3", "D(G(z)), of fakes")
+    upper.set_title("healthy: both rise and fall; the generator's loss may rise slowly")
+    upper.set(ylabel="loss", ylim=(0, highest))
+    middle.set_title("healthy: apart, but away from 1 and 0 (there the discriminator has won)")
+    middle.set(ylabel='probability of "real"', ylim=(-0.02, 1.02))
+    lower.set_title("distance to real faces (grey line: real faces to other real faces)")
+    lower.set(ylabel="distance", xlabel="epoch", yscale="log")
+    if quality:
+        measured = Quality(*zip(*quality))
+        best = measured.epoch.index(measured.best[-1])
+        lower.plot(measured.epoch, measured.distance, "C4o-", label="averaged generator")
+        lower.plot(measured.best[-1], measured.distance[best], "r*", label="generator.pt")
+        lower.axhline(measured.floor[-1], color="grey")
+        lower.legend()
+    write_file(output_path("losses.png"), lambda file: figure.savefig(file, format="png"))
 
 
 def draw_curve(axes, epochs, values, colour, label):
