@@ -1,22 +1,17 @@
 """A run that is killed, stopped or given damaged files resumes, and ends as an uninterrupted one.
 
-Most runs here are forked from one process that has torch imported (this file as a script): real
-processes, for real signals, that start in no time. KILLS=40 kills more often than by itself.
+KILLS=40 kills more often than by itself.
 """
 
 import contextlib
 import io
-import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
-import traceback
 import zipfile
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,6 +19,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import TINY, dcgan, flags, one_line, own_mounts, refused, start, until
+from forks import Server
 from PIL import Image
 from reading import checkpoint, metrics, steps_of
 
@@ -32,61 +28,27 @@ LONG = {"DATA_DIR": "faces", "BATCH_SIZE": 4, "EPOCHS": 3, "LOG_EVERY": 3}  # 10
 LONG |= {"CHECKPOINT_MINUTES": 0}
 
 
-def serve():
-    """For each line of JSON from stdin: fork `dcgan.main`, print its pid and then its status."""
-    import filelock  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import tqdm.auto  # noqa: F401
-
-    dcgan.RETRY_SECONDS = 2
-    for line in sys.stdin:
-        job = json.loads(line)
-        for name in ("stdout", "stderr"):  # there to be read, however soon it is killed
-            Path(job["cwd"], name).write_text("")
-        if not (pid := os.fork()):
-            status = 70
-            try:
-                os.setsid()
-                os.chdir(job["cwd"])
-                places = [job["tty"]] * 3 if job["tty"] else [os.devnull, "stdout", "stderr"]
-                for number, name in enumerate(places):
-                    os.dup2(os.open(name, os.O_RDWR), number)
-                signal.alarm(200)
-                if job["nohup"]:
-                    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                if job["limit"]:
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
-                status = dcgan.main(job["arguments"])
-            except BaseException:
-                traceback.print_exc()
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-            os._exit(status)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+QUICK = "import sys, dcgan; dcgan.RETRY_SECONDS = 2; sys.exit(dcgan.main())"
 
 
 class Forks:
-    """The process of `serve`, and its newest run."""
+    """A server of forks, and its newest run."""
 
     def __init__(self, *prefix):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen([*prefix, sys.executable, __file__], **pipes)
+        self.server = Server(*prefix)
 
     def start(self, cwd, *more, tty=None, nohup=False, limit=0, **changed):
-        self.cwd, arguments = cwd, [*flags(**LONG | changed), *more]
-        job = {"arguments": arguments, "cwd": str(cwd), "tty": tty, "nohup": nohup, "limit": limit}
-        print(json.dumps(job), file=self.server.stdin, flush=True)
-        self.pid = int(self.server.stdout.readline())
+        arguments = [*flags(**LONG | changed), *more]
+        options = {"tty": tty, "nohup": nohup, "limit": limit}
+        self.newest = self.server.start(["-c", QUICK], arguments, cwd, **options)
 
     def send(self, signum):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signum)
+        self.newest.send_signal(signum)
 
     def wait(self):
         """(status, stdout, stderr) of the run that was started."""
-        status, folder = int(self.server.stdout.readline()), self.inside(self.cwd)
-        return status, (folder / "stdout").read_text(), (folder / "stderr").read_text()
+        stdout, stderr = self.newest.communicate()
+        return self.newest.returncode, stdout, stderr
 
     def run(self, *arguments, **options):
         self.start(*arguments, **options)
@@ -112,18 +74,14 @@ class Forks:
 
     def inside(self, path):
         """`path` as this server sees it, which may have mounts of its own."""
-        return Path(f"/proc/{self.server.pid}/root{path}")
-
-    def close(self):
-        self.server.kill()  # no run is left: whoever starts one waits for it
-        self.server.wait()
+        return Path(f"/proc/{self.server.process.pid}/root{path}")
 
 
 @pytest.fixture(scope="module")
 def forks():
     forks = Forks()
     yield forks
-    forks.close()
+    forks.server.close()
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +159,7 @@ SIGNALS = [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 
 def test_a_run_killed_at_random_moments_ends_as_an_uninterrupted_one(forks, reference, workplace):
     rng, kills, writing = random.Random(time.time_ns()), 1, 0
-    with start(*flags(**LONG), cwd=workplace) as process:
+    with start(*flags(**LONG), cwd=workplace, fresh=True) as process:
         time.sleep(rng.uniform(0, 3))  # while it imports
         process.kill()
     for number in range(KILLS):
@@ -296,8 +254,6 @@ def test_nohup_outlives_a_hangup(forks, reference, workplace):
 
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_goes_away_loses_nothing(forks, reference, workplace, nohup):
-    for name in ("stdout", "stderr"):
-        (workplace / name).touch()
     ours, theirs = os.openpty()
     forks.start(workplace, tty=os.ttyname(theirs), nohup=nohup)
     while not metrics(workplace):
@@ -336,7 +292,7 @@ def disk(tmp_path_factory):
     (folder / "output").mkdir(parents=True)
     forks = Forks(*own_mounts(f"mount -t tmpfs -o size=3m none '{folder}/output'"))
     yield forks, folder
-    forks.close()
+    forks.server.close()
 
 
 @pytest.fixture
@@ -354,7 +310,7 @@ def small_disk(disk, reference):
 
 
 def remount(forks, folder, mode):
-    enter = ("nsenter", "-t", str(forks.server.pid), "-m")
+    enter = ("nsenter", "-t", str(forks.server.process.pid), "-m")
     subprocess.run([*enter, "mount", "-o", f"remount,{mode}", str(folder / "output")], check=True)
 
 
@@ -382,7 +338,7 @@ def test_a_full_disk_is_named_and_the_old_files_stay(small_disk, reference):
     forks.start(folder, LOG_EVERY=1, EPOCHS=10**5)
     until(lambda: len(metrics(seen)) > 6)
     fill(seen)
-    said = folder / "stdout"
+    said = forks.newest.place / "stdout"
     until(lambda: "checkpoint.pt cannot be written (No space left" in said.read_text())
     old = (seen / "output/checkpoint.pt").stat().st_mtime_ns
     (seen / "output/filler").unlink()
@@ -671,7 +627,3 @@ def test_another_order_of_the_images_restarts_a_half_done_epoch(forks, half_done
     keys = steps_of(metrics(folder))
     assert keys == sorted(set(keys)) and keys[-1][:2] == (epoch + 1, steps)
     assert checkpoint(folder)["images"] == then + steps * changed.get("BATCH_SIZE", 4)
-
-
-if __name__ == "__main__":
-    serve()
