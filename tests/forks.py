@@ -41,7 +41,9 @@ class Server:
 
     def close(self):
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
 
 
 class Fork:

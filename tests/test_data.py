@@ -534,7 +534,7 @@ if __name__ == "__main__":
 
 def test_workers_may_be_spawned_as_on_windows_and_macos(tiny, workplace):
     (workplace / "spawn.py").write_text(SPAWN)
-    succeed(cwd=workplace, program=["spawn.py"])
+    succeed(cwd=workplace, program=["spawn.py"], fresh=True)
     [path] = caches(tiny)
     made = identity(path)
     images = load_faces(tiny, SIZE)[0]

@@ -257,7 +257,7 @@ dcgan.train()
 
 def test_a_script_that_its_workers_run_again_is_told_about_the_guard(workplace):
     (workplace / "mine.py").write_text(UNGUARDED)
-    done = run(cwd=workplace, program=["mine.py"])
+    done = run(cwd=workplace, program=["mine.py"], fresh=True)
     assert done.returncode
     assert 'if __name__ == "__main__":' in done.stderr
     assert "in use by another run" not in done.stderr
