@@ -86,7 +86,7 @@ def start(*arguments, cwd, env=None, program=(SCRIPT,), before=(), fresh=False, 
     process is a fork, which is quicker, unless it has to be `fresh`, or needs to be.
     """
     early = ("PYTHON", "MPL", "OMP")  # these variables are read by what a fork has imported
-    fresh = fresh or before or options or str(program[0]) == "-m" or "-B" in program
+    fresh = fresh or before or options or program[0] in ("-m", "-B")
     fresh = fresh or any(name.startswith(early) for name in env or {})
     if sys.platform == "linux" and not fresh:
         return fork_server().start(program, arguments, cwd, env)

@@ -4,6 +4,7 @@ They are real processes, for real signals, on files of their own for what they p
 a script is the process that forks them. Linux only.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -29,13 +30,16 @@ class Server:
 
         `tty`: a terminal for all its streams; `nohup`: as after nohup; `limit`: bytes of a file.
         """
-        job = {"program": list(map(str, program)), "arguments": list(map(str, arguments))}
-        job |= {
+        job = {
+            "program": list(map(str, program)),
+            "arguments": list(map(str, arguments)),
             "cwd": str(cwd),
             "env": os.environ | (env or {}),
             "place": tempfile.mkdtemp(dir=self.places.name),
+            "tty": tty,
+            "nohup": nohup,
+            "limit": limit,
         }
-        job |= {"tty": tty, "nohup": nohup, "limit": limit}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return Fork(int(self.process.stdout.readline()), Path(job["place"]))
 
@@ -70,8 +74,9 @@ class Fork:
         return (self.place / "stdout").read_text(), (self.place / "stderr").read_text()
 
     def send_signal(self, signum):
-        if self.poll() is None:
-            os.kill(self.pid, signum)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+            if self.poll() is None:
+                os.kill(self.pid, signum)
 
     def kill(self):
         self.send_signal(signal.SIGKILL)

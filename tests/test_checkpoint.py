@@ -26,8 +26,6 @@ from reading import checkpoint, metrics, steps_of
 KILLS = int(os.environ.get("KILLS", 6))
 LONG = {"DATA_DIR": "faces", "BATCH_SIZE": 4, "EPOCHS": 3, "LOG_EVERY": 3}  # 10 steps per epoch
 LONG |= {"CHECKPOINT_MINUTES": 0.005}  # at 0, after each step, it takes twice as long
-
-
 QUICK = "import sys, dcgan; dcgan.RETRY_SECONDS = 2; sys.exit(dcgan.main())"
 
 
