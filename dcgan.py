@@ -1543,19 +1543,18 @@ def face_distance(fakes, reals):
     if not varied.any():  # all are copies of one image
         return math.inf
     features = features[:, varied] / spread[varied]
-    try:
-        return frechet_distance(features[count:], features[:count]) / features.shape[1]
-    except torch.linalg.LinAlgError:  # too many images are copies of others
-        return math.inf
+    return frechet_distance(features[count:], features[:count]) / features.shape[1]
 
 
 def frechet_distance(one, two):
     """Between Gaussians with the means and covariances of two sets of features (N, D)."""
-    covariance_one, covariance_two = torch.cov(one.T), torch.cov(two.T)
-    # The trace of the root of a product is the sum of the roots of its eigenvalues.
-    cross = torch.linalg.eigvals(covariance_one @ covariance_two).real.clamp_min(0).sqrt().sum()
+    sets = [(features - features.mean(0)) / math.sqrt(len(features) - 1) for features in (one, two)]
+    # R of the QR decomposition is a root of the covariance, which is R.T @ R.
+    root_one, root_two = (torch.linalg.qr(features, "r").R for features in sets)
+    # The trace of the root of the product of both covariances.
+    cross = torch.linalg.svdvals(root_one @ root_two.T).sum()
     shift = (one.mean(0) - two.mean(0)).square().sum()
-    return (shift + covariance_one.trace() + covariance_two.trace() - 2 * cross).item()
+    return (shift + root_one.square().sum() + root_two.square().sum() - 2 * cross).item()
 
 
 def downscale(batches):

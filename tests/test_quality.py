@@ -43,6 +43,16 @@ def test_worse_images_are_farther_away_and_other_faces_near(faces):
     assert dcgan.face_distance(1 - other, one) > 10 * floor
 
 
+@pytest.mark.parametrize("number", [2, 20, 500])  # fewer images than features, and more
+def test_the_distance_of_stretched_and_moved_features_is_known(number):
+    rng = torch.Generator().manual_seed(0)
+    one = torch.randn(number, 64, dtype=torch.float64, generator=rng)
+    stretched = 2**2 * one.var(0).sum()
+    moved = (2 * one.mean(0) + 0.5).square().sum()
+    distance = dcgan.frechet_distance(3 * one + 0.5, one)
+    assert distance == pytest.approx((stretched + moved).item(), rel=1e-9)
+
+
 def test_it_depends_on_nothing_but_the_images(faces):
     state = torch.get_rng_state()
     first = dcgan.face_distance(faces[:300], faces[300:])
