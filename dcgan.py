@@ -146,7 +146,7 @@ BETA1 = 0.0  # the paper's 0.5 learns more slowly; with 0.9 the discriminator wi
 BETA2 = 0.999  # PyTorch's default
 WEIGHT_DECAY = 0.01  # PyTorch's default
 REAL_LABEL = 1.0  # 0.9 keeps the discriminator from being too sure
-R1_GAMMA = 0.0128  # keeps the discriminator from winning in long runs; 0: no penalty
+R1_GAMMA = 0.0128  # with 0, the discriminator wins in long runs; 0.1 helps in short ones only
 AVERAGE_SHARE = 0.1  # less gives noisier faces; more lets early weights linger
 SEED = 0  # any other number gives another run
 
