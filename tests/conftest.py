@@ -137,6 +137,12 @@ def refused(capsys, *arguments, status=2):
     return line
 
 
+def resuming(epoch, step, folder="output"):
+    """The end of the line with which a run on 5 batches resumes after so many epochs and steps."""
+    at = f"the end of epoch {epoch + 1}" if step == 5 else f"epoch {epoch + 1}, step {step + 1}"
+    return f"/{folder}: {at}\n"
+
+
 def until(condition, process=None, seconds=100):
     """Wait for something to come true while `process` lives."""
     end = time.monotonic() + seconds

@@ -15,7 +15,18 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import RUN_FILES, SCRIPT, batch, dcgan, flags, free_port, refused, start, until
+from conftest import (
+    RUN_FILES,
+    SCRIPT,
+    batch,
+    dcgan,
+    flags,
+    free_port,
+    refused,
+    resuming,
+    start,
+    until,
+)
 from reading import checkpoint, files, metrics, steps_of
 
 
@@ -127,12 +138,6 @@ def steps_in(epochs):
     for epoch in range(epochs):
         found += [(epoch + 1, step, 40 * epoch + 8 * step) for step in (2, 4, 5)]
     return found
-
-
-def resuming(epoch, step):
-    """The line with which a run resumes after so many epochs and steps."""
-    at = f"the end of epoch {epoch + 1}" if step == 5 else f"epoch {epoch + 1}, step {step + 1}"
-    return f"/output: {at}\n"
 
 
 def stop_in_step(monkeypatch, step):
