@@ -5,6 +5,7 @@ a script is the process that forks them. Linux only.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -25,29 +26,20 @@ class Server:
         self.places = tempfile.TemporaryDirectory()
         self.process = subprocess.Popen([*prefix, sys.executable, __file__], **pipes)
 
-    def start(self, program, arguments, cwd, env=None, tty=None, nohup=False, limit=None):
+    def start(self, program, arguments, cwd, env=None, **options):
         """Start what `python PROGRAM ARGUMENTS` runs, a file or -c CODE: a Fork.
 
         `tty`: a terminal for all its streams; `nohup`: as after nohup; `limit`: bytes of a file.
         """
-        job = {
+        job = options | {
             "program": list(map(str, program)),
             "arguments": list(map(str, arguments)),
-            "cwd": str(cwd),
+            "cwd": os.path.abspath(cwd),
             "env": os.environ | (env or {}),
             "place": tempfile.mkdtemp(dir=self.places.name),
-            "tty": tty,
-            "nohup": nohup,
-            "limit": limit,
         }
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return Fork(int(self.process.stdout.readline()), Path(job["place"]))
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
 
 
 class Fork:
@@ -116,16 +108,16 @@ def surround(job):
 
     os.setsid()
     os.chdir(job["cwd"])
-    places = [os.path.join(job["place"], name) for name in ("stdout", "stderr")]
-    for number, name in enumerate([job["tty"]] * 3 if job["tty"] else [os.devnull, *places]):
-        os.dup2(os.open(name, os.O_RDWR), number)
+    places = [os.devnull, *(os.path.join(job["place"], name) for name in ("stdout", "stderr"))]
+    for number, place in enumerate(places):
+        os.dup2(os.open(job.get("tty") or place, os.O_RDWR), number)
     os.environ.clear()
     os.environ.update(job["env"])
     signal.alarm(300)
-    if job["nohup"]:
+    if job.get("nohup"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    if job["limit"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["limit"], job["limit"]))
+    if limit := job.get("limit"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def run(program, arguments):
@@ -141,13 +133,8 @@ def run(program, arguments):
 
 
 if __name__ == "__main__":
-    import filelock  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import torch  # noqa: F401
-    import torch._dynamo  # noqa: F401
-    import torchvision  # noqa: F401
-    import tqdm.auto  # noqa: F401
-
+    for module in ("filelock", "matplotlib.figure", "torch._dynamo", "torchvision", "tqdm.auto"):
+        importlib.import_module(module)
     job = serve()
     surround(job)
     run(job["program"], job["arguments"])

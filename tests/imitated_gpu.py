@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.optim.optimizer import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 @dataclass
@@ -33,23 +33,18 @@ class Card:
     kind: str = "cuda"
     capability: tuple[int, int] | None = None
     free: int = 8 * 2**30  # bytes of memory; the card has twice as many
-    # Memory is full in each aten call whose name begins so; "to" is a move to or from the card.
-    full_at: str | None = None
 
     @property
     def device(self):
         return torch.device(self.kind, 0)
 
     def has(self, device):
-        """Whether `device`, an argument of PyTorch's, is this card."""
         return device is not None and torch.device(device).type == self.kind
 
 
 CARDS = {
     "A100": Card("NVIDIA A100", capability=(8, 0)),
     "T4": Card("Tesla T4", capability=(7, 5)),
-    "GTX 1660": Card("NVIDIA GeForce GTX 1660", capability=(7, 5)),
-    "GTX 1080": Card("NVIDIA GeForce GTX 1080", capability=(6, 1)),
     "Mac": Card("Apple M2", kind="mps"),
 }
 card: Card  # the one that is installed
@@ -58,9 +53,7 @@ graphs: "list[Graph]" = []  # all of them, in the order of their captures
 
 # ------------------------------------------------------------------------------------------ tensors
 
-FORBIDDEN = "operation not permitted when stream is capturing"
 real_to = torch.Tensor.to
-real_tensor = torch.tensor
 
 
 class GpuTensor(torch.Tensor):
@@ -94,32 +87,18 @@ class GpuTensor(torch.Tensor):
         return self.to("cpu")
 
     def tolist(self):
-        return self.detach().to("cpu").tolist()
+        return self.detach().cpu().tolist()
 
     def numpy(self, **options):
         raise TypeError(f"can't convert {card.device} device type tensor to numpy")
-
-    def pin_memory(self):
-        raise RuntimeError("only dense CPU tensors can be pinned")
 
     def __deepcopy__(self, memo):
         copied = self.detach().clone().requires_grad_(self.requires_grad)
         copied._is_param = getattr(self, "_is_param", False)  # what makes it a Parameter
         return memo.setdefault(id(self), copied)
 
-    def __repr__(self, **options):
-        return f"{self.detach().cpu()!r} on {card.device}"
-
-    def __format__(self, form):
-        return format(self.detach().cpu(), form)
-
     def __reduce_ex__(self, protocol):  # files hold plain tensors
         return self.plain.__reduce_ex__(protocol)
-
-
-def on_the_card(plain):
-    """A GpuTensor on the memory of `plain`; anything but a tensor stays as it is."""
-    return GpuTensor(plain) if isinstance(plain, torch.Tensor) else plain
 
 
 def move(tensor, *arguments, copy=False, **options):
@@ -131,31 +110,14 @@ def move(tensor, *arguments, copy=False, **options):
     if device is not None and card.has(device) != here:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("gradients between devices are not imitated")
-        if recording and (here or not tensor.is_pinned()):
-            recording.fail(FORBIDDEN)
-        if waitless and card.kind == "mps":
-            raise AssertionError("non-blocking copies to MPS can be wrong")
+        if recording:
+            recording.fail()
+        assert not waitless or card.kind != "mps", "non-blocking copies to MPS can be wrong"
         with _disable_current_modes():
             copied = tensor.plain.clone() if here else tensor.detach().clone()
-        run_full("to")
         tensor = copied if here else GpuTensor(copied)
     options = {"copy": copy, "memory_format": layout or torch.preserve_format}
     return real_to(tensor, dtype or tensor.dtype, **options)
-
-
-def pin_memory(tensor):
-    """torch.Tensor.pin_memory. On MPS it fails, as it does on PyTorch 2.11 to 2.13."""
-    if card.kind == "mps":
-        raise RuntimeError("Attempted to set the storage of a tensor to a storage on mps:0")
-    pinned = tensor.clone()
-    pinned.is_pinned = lambda: True
-    return pinned
-
-
-def make_tensor(data, *, device=None, **options):
-    """torch.tensor. The real one would ask for a driver."""
-    made = real_tensor(data, **options)
-    return made if device is None else made.to(device)
 
 
 class Generator(torch.Generator):
@@ -182,45 +144,27 @@ def launch(call, arguments, options):
         check_call(name, others)
         if card.has(options.get("device")):
             options = options | {"device": torch.device("cpu")}
-    plain_arguments, plain_options = tree_map(
-        lambda x: x.plain if isinstance(x, GpuTensor) else x, (arguments, options)
-    )
-    result = call(*plain_arguments, **plain_options)
+    plain, plain_options = tree_map_only(GpuTensor, lambda x: x.plain, (arguments, options))
+    result = call(*plain, **plain_options)
     if not here:
         return result
-    if card.kind == "mps":
-        check_mps(name, given, tree_leaves(result))
+    if card.kind == "mps":  # what it cannot do, and what it would compute wrongly
+        assert not any(x.dtype == torch.float64 for x in tree_leaves(result) if torch.is_tensor(x))
+        expanded = name.startswith("aten.convolution") and any(0 in x.stride() for x in given)
+        assert not expanded, "MPS reads expanded tensors wrongly (PyTorch's issue 180201)"
     if recording:
-        recording.calls.append((call, plain_arguments, plain_options, result))
-    return tree_map(lambda x: ours[id(x)] if id(x) in ours else on_the_card(x), result)
+        recording.calls.append((call, plain, plain_options, result))
+    return tree_map_only(
+        torch.Tensor, lambda x: ours[id(x)] if id(x) in ours else GpuTensor(x), result
+    )
 
 
 def check_call(name, others):
     """Raise what PyTorch would. `others`: a call's tensors on the CPU, without single numbers."""
-    run_full(name)
     if others and not name.startswith(MIXING):
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two devices, "
-            f"{card.device} and cpu! ({name})"
-        )
+        raise RuntimeError(f"Expected all tensors on one device, not {card.device} and cpu: {name}")
     if recording and (name.startswith(READING) or others):
-        recording.fail(FORBIDDEN)
-
-
-def check_mps(name, given, results):
-    """Raise what a Mac would, and where it would compute something else."""
-    if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in results):
-        raise TypeError("the MPS framework doesn't support float64")
-    if name.startswith("aten.convolution") and any(0 in x.stride() for x in given):
-        raise AssertionError("MPS reads expanded tensors wrongly (PyTorch's issue 180201)")
-
-
-def run_full(name):
-    """Raise PyTorch's error for a full memory, if that is to come in this call."""
-    if card.full_at and name.startswith(card.full_at):
-        if card.kind == "mps":
-            raise RuntimeError("MPS backend out of memory (MPS allocated: 9 GB). Tried 1 GB more.")
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        recording.fail()
 
 
 class EveryCall(TorchDispatchMode):
@@ -273,10 +217,10 @@ class Graph:
         self.replays = 0
         self.failed = False
 
-    def fail(self, text):
+    def fail(self):
         """Raise what a forbidden call does within a capture, which is then lost."""
         self.failed = True
-        raise RuntimeError(f"CUDA error: {text}")
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
 
     def replay(self):
         """Do all calls again, each with its result in the memory that it had at first."""
@@ -295,7 +239,8 @@ def capture(graph, pool=None, stream=None):
     global recording
     assert stream is not default_stream, "a capture needs a stream of its own"
     before = current_stream
-    values = [(tensor.plain, tensor.plain.clone()) for tensor in all_tensors()]
+    tensors = [thing for thing in gc.get_objects() if type(thing) is GpuTensor]
+    values = [(tensor.plain, tensor.plain.clone()) for tensor in tensors]
     set_stream(stream)
     recording = graph
     graphs.append(graph)
@@ -315,10 +260,6 @@ def capture(graph, pool=None, stream=None):
         set_stream(before)
 
 
-def all_tensors():
-    return [thing for thing in gc.get_objects() if type(thing) is GpuTensor]
-
-
 # ---------------------------------------------------------------------------------- to be installed
 
 
@@ -329,10 +270,9 @@ def install(name, **changes):
 
     torch.Tensor.to = move
     torch.Tensor.cuda = lambda tensor, device=None, non_blocking=False: move(tensor, "cuda")
-    torch.Tensor.pin_memory = pin_memory
-    torch.tensor = make_tensor
     torch.Generator = Generator
-    torch.autocast = functools.partial(autocast_of_cpu, torch.autocast)
+    autocast = torch.autocast  # of the CPU, as which C++ takes the card's tensors
+    torch.autocast = lambda device_type, *about, **options: autocast("cpu", *about, **options)
     group = Optimizer._group_tensors_by_device_and_dtype
     Optimizer._group_tensors_by_device_and_dtype = staticmethod(functools.partial(grouped, group))
     torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -356,20 +296,13 @@ def install_cuda():
     cuda.get_device_capability = lambda device=None: card.capability
     cuda.get_device_name = lambda device=None: card.name
     cuda.mem_get_info = lambda device=None: (card.free, 2 * card.free)
-    cuda.synchronize = lambda device=None: recording and recording.fail(FORBIDDEN)
     cuda.Stream = Stream
     cuda.current_stream = lambda device=None: current_stream
     cuda.set_stream = set_stream
     cuda.stream = use_stream
     cuda.CUDAGraph = Graph
     cuda.graph = capture
-    cuda.graph_pool_handle = lambda: (0, 1)
     cuda.is_current_stream_capturing = lambda: recording is not None
-
-
-def autocast_of_cpu(real_autocast, device_type, *arguments, **options):
-    """torch.autocast: C++ takes the card's tensors for the CPU's."""
-    return real_autocast("cpu", *arguments, **options)
 
 
 def grouped(group, lists, with_indices=False):
@@ -382,8 +315,6 @@ def grouped(group, lists, with_indices=False):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or sys.argv[1] not in CARDS:
-        sys.exit(f"usage: imitated_gpu.py CARD SCRIPT [arguments]; CARD is one of {list(CARDS)}")
     install(sys.argv[1])
     sys.argv = sys.argv[2:]
     runpy.run_path(sys.argv[0], run_name="__main__")

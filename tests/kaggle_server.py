@@ -5,116 +5,46 @@ To run a script against it, with the archive that it serves:
     python tests/kaggle_server.py ARCHIVE.zip SCRIPT [ARGUMENT ...]
 """
 
-import base64
 import contextlib
+import functools
 import hashlib
 import http.server
 import io
 import json
 import os
-import random
-import ssl
 import subprocess
 import sys
 import threading
 import zipfile
 from pathlib import Path
 
-NAME = "img_align_celeba/img_align_celeba/{}"
-TABLES = ("attr_celeba", "bbox_celeba", "eval_partition", "landmarks_align_celeba")
-TABLE_BYTES = 3_200_000  # the client writes whole MiB only
-# Kaggle's client knows localhost only on port 80. Python runs this file when it starts, so the
-# client's own process has the other port.
+# Kaggle's client knows localhost only on port 80, and waits for a minute between its tries. Python
+# runs this file when it starts, so the client's own process has the other port, and waits less.
 SITE_CUSTOMIZE = """
-import os
+import os, time
 import kagglesdk.kaggle_env as env
 env._env_to_endpoint[env.KaggleEnv.LOCAL] = os.environ["TEST_SERVER_ADDRESS"]
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(seconds / 50)
 """
 
 
-def archive_of(faces, more=()):
-    """Kaggle's archive as bytes: faces, four tables, and the (name or ZipInfo, data) of `more`."""
+@functools.cache
+def archive_of(faces):
+    """Kaggle's archive as bytes: the faces, and a table of their attributes.
+
+    An attribute is a bit of the face's number. The table is large: the client writes whole MiB.
+    """
+    table = "image_id,Eyeglasses,Smiling,Male\n"
+    for number in range(1, 180_000):
+        values = ",".join(f"{number % 8:03b}").replace("0", "-1")
+        table += f"{number:06d}.jpg,{values}\n"
     memory = io.BytesIO()
     with zipfile.ZipFile(memory, "w") as archive:
-        for index, path in enumerate(sorted(faces.glob("*.jpg")), 1):
-            archive.write(path, NAME.format(f"{index:06d}.jpg"))
-        for table in TABLES:
-            text = attribute_table() if table == TABLES[0] else random.Random(0).randbytes(100)
-            archive.writestr(f"list_{table}.csv", text)
-        for member, data in more:
-            archive.writestr(member, data)
+        for number, path in enumerate(sorted(faces.glob("*.jpg")), 1):
+            archive.write(path, f"img_align_celeba/img_align_celeba/{number:06d}.jpg")
+        archive.writestr("list_attr_celeba.csv", table)
     return memory.getvalue()
-
-
-def attribute_table():
-    """A table like CelebA's, of TABLE_BYTES, with three attributes."""
-    rows = ["image_id,Male,Smiling,Eyeglasses"]
-    for index in range(1, TABLE_BYTES // 20):
-        values = (1 if index >> bit & 1 else -1 for bit in range(3))
-        rows.append(",".join([f"{index:06d}.jpg", *map(str, values)]))
-    return "\n".join(rows)[:TABLE_BYTES].rpartition("\n")[0].ljust(TABLE_BYTES, "\n").encode()
-
-
-class KaggleServer(http.server.ThreadingHTTPServer):
-    """Serves `archive` (bytes), with `needs_token` to good credentials alone.
-
-    Bad credentials are refused in any case.
-
-    Faults, each a list of which every request uses up the first entry:
-
-    api_answers     statuses instead of the redirect to storage
-    storage_answers statuses, each with an HTML page, instead of the archive; 200: the archive
-    cuts            numbers of bytes after which the connection to storage is cut
-    stalls          numbers of bytes after which storage falls silent, and then cuts
-    pages           bodies that storage sends instead of the archive, with status 200
-    hang            seconds of silence before the next answer of the API
-
-    `listing`: names of the files that the API lists; None: it refuses. `storage`: the address to
-    which it sends for the archive. `secret`: a file with a key and a certificate, for TLS.
-    """
-
-    daemon_threads = True
-
-    def __init__(
-        self, archive, needs_token=False, token="good-token", key="someone:good-key", secret=None
-    ):
-        super().__init__(("127.0.0.1", 0), Handler)
-        if secret:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(secret)
-            self.socket = context.wrap_socket(self.socket, server_side=True)
-        self.storage = None
-        self.archive, self.needs_token = archive, needs_token
-        self.good = (f"Bearer {token}", "Basic " + base64.b64encode(key.encode()).decode())
-        self.etag = '"' + hashlib.sha256(archive).hexdigest()[:16] + '"'
-        self.api_answers, self.storage_answers, self.hang = [], [], []
-        self.cuts, self.stalls, self.pages = [], [], []
-        self.listing = None
-        self.closing = threading.Event()
-        self.requests = []  # (method, path, Authorization, Range)
-        self.address = f"http://localhost:{self.server_port}"
-
-    def environment(self, home, **more):
-        """Variables for a process that shall speak to this server, and can reach no other."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE")}
-        modules = Path(home) / "modules"
-        modules.mkdir(parents=True, exist_ok=True)
-        (modules / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
-        variables = {
-            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
-            "TEST_SERVER_ADDRESS": self.address,
-            "PYTHONPATH": str(modules),
-            "HOME": str(home),
-            "https_proxy": "http://127.0.0.1:9",
-            "no_proxy": "localhost,127.0.0.1",
-        }
-        return kept | variables | more
-
-    def downloads(self):
-        return [request for request in self.requests if request[0] == "GET"]
-
-    def handle_error(self, request, client_address):
-        pass  # clients that are killed
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -123,82 +53,98 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
-    def note(self):
-        account, part = self.headers.get("Authorization"), self.headers.get("Range")
-        self.server.requests.append((self.command, self.path, account, part))
+    def note(self, body=""):
+        self.account, self.part = map(self.headers.get, ("Authorization", "Range"))
+        self.server.requests.append((self.command, self.account, self.part, body))
 
-    def answer(self, status, body, kind="application/json", **headers):
+    def answer(self, status, body=b"{}", size=None, **headers):
         self.send_response(status)
-        headers = {"Content-Type": kind, "Content-Length": str(len(body))} | headers
-        for name, value in headers.items():
-            self.send_header(name, value)
+        for name, value in ({"Content-Length": size or len(body)} | headers).items():
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(body)
 
     def do_POST(self):
-        self.note()
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         server = self.server
-        authorised = self.headers.get("Authorization") in server.good
-        if server.hang:
-            server.closing.wait(server.hang.pop(0))
+        self.note(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        good = self.account == "Bearer good-token"
+        if server.mute:
+            server.left.wait(1)
         if self.path.endswith("/IntrospectToken"):
-            about = {"active": authorised, "username": "someone" if authorised else ""}
-            self.answer(200, json.dumps(about).encode())
-        elif self.path.endswith("/ListDatasetFiles"):
-            files = [{"name": name, "totalBytes": 9} for name in server.listing or ()]
-            status = 404 if server.listing is None else 200
-            self.answer(status, json.dumps({"datasetFiles": files}).encode())
-        elif self.path.endswith("/GetDataset"):  # kagglehub asks
-            self.answer(200, b'{"currentVersionNumber": 2}')
-        elif self.path.endswith("/GetDatasetMetadata") and (authorised or not server.needs_token):
+            self.answer(200, json.dumps({"active": good, "username": "x" if good else ""}).encode())
+        elif server.refusal or (self.account or server.needs_token) and not good:
+            self.answer(server.refusal or 401, b'{"message": "refused"}')
+        elif self.path.endswith("/GetDatasetMetadata"):
             self.answer(200, b'{"info": {"licenses": [{"name": "other"}]}}')
-        elif server.api_answers:
-            status = server.api_answers.pop(0)
-            self.answer(status, json.dumps({"code": status, "message": "refused"}).encode())
-        elif (server.needs_token or self.headers.get("Authorization")) and not authorised:
-            self.answer(401, b'{"code": 401, "message": "Unauthenticated"}')
         else:
-            address = server.storage or server.address
-            self.answer(302, b"", Location=f"{address}/storage/archive.zip")
+            self.answer(302, Location="/storage/archive.zip")
 
     def do_GET(self):
+        server = self.server
         self.note()
-        server, start = self.server, 0
-        if server.storage_answers and (status := server.storage_answers.pop(0)) != 200:
-            return self.answer(status, b"<html>expired</html>", "text/html")
-        body = server.pages.pop(0) if server.pages else server.archive
-        if self.headers.get("Range") and self.headers.get("If-Range") in (None, server.etag):
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-        if start >= len(body) > 0:
-            return self.answer(416, b"")
-        faults = server.cuts or server.stalls
-        end, stalls = start + faults.pop(0) if faults else len(body), faults is server.stalls
-        about = {"ETag": server.etag, "Last-Modified": "Mon, 03 Jun 2019 08:00:00 GMT"}
-        about |= {"Accept-Ranges": "bytes", "Content-Length": str(len(body) - start)}
-        self.answer(206 if start else 200, body[start:end], "application/zip", **about)
-        self.wfile.flush()
-        if end < len(body):
-            if stalls:
-                server.closing.wait(40)
-            self.close_connection = True
-            self.connection.close()
+        if self.part and server.expired:
+            return self.answer(403, b"<html>expired</html>")
+        etag = hashlib.sha256(server.archive).hexdigest()
+        again = self.part and self.headers["If-Range"] == etag
+        rest = server.archive[int(self.part[6:-1]) if again else 0 :]  # of bytes=1048576-
+        end = server.cut or server.stall or len(rest)
+        stall, server.cut, server.stall = server.stall, None, None
+        about = {"ETag": etag, "Last_Modified": "Mon, 03 Jun 2019 08:00:00 GMT"}
+        about |= {"Accept_Ranges": "bytes", "Content_Type": "application/zip"}
+        self.answer(206 if again else 200, rest[:end], len(rest), **about)
+        if stall:
+            with contextlib.suppress(ConnectionError):
+                self.connection.recv(1)
+            server.left.set()
+        self.close_connection = end < len(rest)
+
+
+class KaggleServer(http.server.ThreadingHTTPServer):
+    """Serves `archive` (bytes); other tokens than "good-token" are refused.
+
+    The faults: `refusal`, the status with which the API answers; `mute`, it waits for a second;
+    `expired`, storage refuses to send the rest of an archive; `cut`, the number of bytes after
+    which the next connection to storage is cut, or `stall`, after which it falls silent until the
+    client has gone, and then sets `left`.
+    """
+
+    daemon_threads = True
+    handle_error = Handler.log_message  # nothing on clients that are killed
+
+    def __init__(self, archive):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.archive = archive
+        self.needs_token = self.mute = self.expired = False
+        self.refusal = self.cut = self.stall = None
+        self.left = threading.Event()
+        self.requests = []  # (method, Authorization, Range, body)
+
+    def environment(self, home):
+        """Variables for a process that shall speak to this server, and can reach no other."""
+        modules = Path(home) / "modules"
+        modules.mkdir(parents=True, exist_ok=True)
+        (modules / "sitecustomize.py").write_text(SITE_CUSTOMIZE)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("KAGGLE")}
+        return kept | {
+            "KAGGLE_API_ENVIRONMENT": "LOCALHOST",
+            "TEST_SERVER_ADDRESS": f"http://localhost:{self.server_port}",
+            "PYTHONPATH": str(modules),
+            "HOME": str(home),
+            "https_proxy": "http://127.0.0.1:9",
+            "no_proxy": "localhost,127.0.0.1",
+        }
 
 
 @contextlib.contextmanager
-def serving(archive, **options):
+def serving(archive):
     """A KaggleServer in a thread of its own."""
-    with KaggleServer(archive, **options) as server:
+    with KaggleServer(archive) as server, contextlib.ExitStack() as end:
+        end.callback(server.shutdown)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        try:
-            yield server
-        finally:
-            server.closing.set()
-            server.shutdown()
+        yield server
 
 
 if __name__ == "__main__":
     with serving(Path(sys.argv[1]).read_bytes()) as kaggle:
-        home = Path("home").resolve()
-        command = [sys.executable, *sys.argv[2:]]
-        sys.exit(subprocess.run(command, env=kaggle.environment(home)).returncode)
+        environment = kaggle.environment(Path("home").resolve())
+        sys.exit(subprocess.run([sys.executable, *sys.argv[2:]], env=environment).returncode)

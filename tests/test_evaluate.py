@@ -1,212 +1,99 @@
-"""FID, KID, precision and recall by the real torch-fidelity.
+"""FID, KID, precision and recall by torch-fidelity, whose Inception has random weights here."""
 
-Its Inception has random weights here, from where torch-fidelity keeps them: nothing is downloaded.
-"""
-
-import csv
-import random
-import re
+import shutil
 import sys
-import urllib.request
-from collections import defaultdict
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, dcgan, refused
-from torch_fidelity import feature_extractor_inceptionv3 as inception_module
+import torch_fidelity
+from conftest import ROOT, TINY, refused, same, table
 from torch_fidelity.defaults import DEFAULTS
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-METRICS = ["FID", "KID", "precision", "recall"]
-COLUMNS = ["epoch", "generated", "real", "size", "crop", "network", "data", *METRICS]
-CPU = torch.device("cpu")
+import dcgan
 
-
-@pytest.fixture
-def trained(tiny, workplace, monkeypatch):
-    """`dcgan` where output/generator.pt is."""
-    network = dcgan.Generator(dcgan.IMAGE_SIZE, dcgan.LATENT_SIZE, dcgan.G_FEATURES)
-    state = {
-        "epoch": 7,
-        "images": 1,
-        "average": dcgan.refresh_batchnorm(network).state_dict(),
-        "settings": {name: getattr(dcgan, name) for name in dcgan.NETWORK_SETTINGS},
-    }
-    Path("output").mkdir()
-    torch.save(state, "output/generator.pt")
-    monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))  # where no weights are
-    return dcgan
+FOUND = {"frechet_inception_distance": 1.5, "kernel_inception_distance_mean": 2.5}
+FOUND |= {"kernel_inception_distance_std": 9.0, "precision": 0.75, "recall": 0.25, "f_score": 9.0}
 
 
 @pytest.fixture
-def few(monkeypatch, weights):
-    """Lets few images do, and takes FID of a layer of 192 features: of 2,048 it takes seconds."""
-    monkeypatch.setenv("TORCH_HOME", str(weights))
-    monkeypatch.setattr(dcgan, "LEAST_IMAGES", 16)
-    monkeypatch.setitem(DEFAULTS, "kid_subset_size", 12)
-    monkeypatch.setitem(DEFAULTS, "feature_layer_fid", "192")
+def many(copied, monkeypatch):
+    """There seem to be 2,080 real images: those of the run again and again."""
+    faces = dcgan.load_faces("faces", TINY["IMAGE_SIZE"])[0].repeat(52, 1, 1, 1)
+    monkeypatch.setattr(dcgan, "load_faces", lambda folder, size: (faces, [], "key", None))
+    monkeypatch.setattr(dcgan, "DEVICE", "cpu")
+    return faces
 
 
 @pytest.fixture
-def handed_out(monkeypatch):
-    """{number of images of a set: {index: image}} of what torch-fidelity has asked for."""
-    asked, honest = defaultdict(dict), dcgan.ImageTensors.__getitem__
-
-    def getitem(images, index):
-        asked[len(images)][index] = honest(images, index)
-        return asked[len(images)][index]
-
-    monkeypatch.setattr(dcgan.ImageTensors, "__getitem__", getitem)
-    return asked
+def asked(monkeypatch):
+    """The options of the last call of torch-fidelity, which returns FOUND."""
+    options = {}
+    monkeypatch.setattr(torch_fidelity, "calculate_metrics", lambda **o: options.update(o) or FOUND)
+    return options
 
 
-def command(*arguments):
-    """An evaluation of few images."""
-    words = ["evaluate", "--num-images", 20, "--data-dir", "faces", "--max-images", 16]
-    return list(map(str, [*words, *arguments]))
+def test_each_number_comes_back_under_its_name_and_in_a_row_of_the_table(many, asked, capsys):
+    wanted = {"epoch": 3, "generated": 2048, "real": 2080} | FOUND
+    assert dcgan.evaluate(2048) == wanted
+    assert "precision 0.75\nrecall 0.25\n" in capsys.readouterr().out
+    assert dcgan.main(["evaluate", "--num-images", "2100"]) == 0
+    first, second = table("output/evaluation.csv")
+    assert first == {name: str(value) for name, value in wanted.items()}
+    assert second == first | {"generated": "2100"}
 
 
-def rows():
-    with open("output/evaluation.csv", newline="") as file:
-        return list(csv.reader(file))
+def test_new_faces_of_a_seed_are_compared_with_the_real_images(many, asked):
+    dcgan.evaluate(2048, seed=1)
+    assert asked["fid"] and asked["kid"] and asked["prc"]
+    assert (len(asked["input1"]), len(asked["input2"])) == (2048, 2080)
+    faces = dcgan.generate_images(64, seed=1).mul(255).round().byte()
+    assert same([asked["input1"][:64], asked["input2"][:64]], [[*faces], [*many[:64]]])
 
 
-WORDS = ("evaluate", "--data-dir", "faces")
+def test_of_over_50000_real_images_evenly_spread_ones_are_taken(many, asked, monkeypatch):
+    faces = torch.arange(100_001)
+    monkeypatch.setattr(dcgan, "load_faces", lambda folder, size: (faces, [], "key", None))
+    assert dcgan.evaluate(2048)["real"] <= 50_000
+    taken = torch.stack(asked["input2"])
+    assert taken.diff().unique().tolist() == [3] and taken[-1] > 99_990, "not evenly spread"
 
 
-# ---------------------------------------------------------------------------------------- distances
+@pytest.mark.parametrize("words, number", [((), 40), (("--data-dir", "few"), 3)])
+def test_the_real_images_are_those_of_the_run_or_of_data_dir(copied, capsys, words, number):
+    shutil.copytree("faces", "few", ignore=lambda folder, names: sorted(names)[3:])
+    refused(capsys, "evaluate", "--device", "cpu", *words, words=["2,048", f"{number} real"])
 
 
-def faces(first, number=30):
-    """Drawn faces (number, 3, 32, 32) in [0, 1]."""
-    drawn = (dcgan.draw_face(random.Random(index)) for index in range(first, first + number))
-    return torch.stack([dcgan.pil_to_tensor(face.resize((32, 32))) / 255 for face in drawn])
+def test_too_few_new_faces_are_refused_before_hours_of_work(many, asked, capsys):
+    refused(capsys, "evaluate", "--num-images", 2047, words=["2,048", "2,047"])
+    assert not asked
 
 
-def distances(fakes, reals, name):
-    def tensors(images):
-        return dcgan.ImageTensors(iter(images), len(images), dcgan.progress_bar(None, None, "", ""))
-
-    return dcgan.distances(tensors(fakes), tensors(reals), name, CPU)
-
-
-@pytest.mark.slow
-def test_distances_say_what_is_near_what_is_strange_and_what_is_alike(tiny, few):
-    torch.manual_seed(0)
-    reals = faces(0)
-    noise = torch.rand(reals.shape)
-    alike = reals[:6].repeat(5, 1, 1, 1)
-    alike += torch.rand(alike.shape).sub_(0.5).div_(255)
-    half_noise = torch.cat([reals[:15], noise[15:]])
-
-    itself, other, strange, repeated, half_strange = (
-        distances(fakes, reals, "reals") for fakes in (reals, faces(1000), noise, alike, half_noise)
-    )
-    assert list(itself) == METRICS
-    assert abs(itself["FID"]) < 1e-3 * other["FID"] and 5 * other["FID"] < strange["FID"]
-    # KID's estimate is of an expectation that is 0 for both: it may lie below.
-    assert abs(itself["KID"]) < 0.01 * strange["KID"] and abs(other["KID"]) < 0.1 * strange["KID"]
-    for name in ("precision", "recall"):
-        assert itself[name] == 1 and 0.5 < other[name] <= 1 and strange[name] == 0
-    assert repeated["precision"] > 0.9 and repeated["recall"] < 0.5
-    assert half_strange["precision"] == pytest.approx(0.5)
-
-
-# -------------------------------------------------------------------------------------- evaluations
-
-
-def test_evaluations_are_printed_appended_and_returned(trained, few, capsys):
-    assert dcgan.main(command()) == 0
-    printed = capsys.readouterr().out
-    assert "fewer than 10,000" in printed
-    assert "generated 20" in printed and "real 16" in printed
-    dcgan.DATA_DIR, dcgan.MAX_IMAGES = "faces", 16
-    returned = dcgan.evaluate(20, seed=0)
-    assert dcgan.main(command("--seed", 1)) == 0
-    header, default, zero, one = rows()
-    assert header == COLUMNS
-    assert default[:5] == ["7", "20", "16", "32", "centre square"]
-    assert "inception" in default[5]
-    assert zero == default, "the seed is not 0 unless another is given"
-    assert one[:7] == default[:7] and one[7:9] != default[7:9]
-
-    assert default[6] == str(Path("faces").absolute())
-    found = dict(zip(METRICS, map(float, default[7:])))
-    assert found["FID"] > 0
-    assert 0 <= found["precision"] <= 1 and 0 <= found["recall"] <= 1
-    assert list(returned) == METRICS and returned == pytest.approx(found, rel=1e-5)
-    said = {name: float(re.search(rf"{name} ([-+.\de]+)", printed)[1]) for name in METRICS}
-    assert said == pytest.approx(found, rel=1e-3)
-
-
-def test_features_of_the_real_images_are_kept_until_those_change(trained, few, handed_out):
-    assert dcgan.main(command()) == 0
-    assert {number: len(images) for number, images in handed_out.items()} == {20: 20, 16: 16}
-    reals = torch.stack([image for _, image in sorted(handed_out[16].items())])
-    wanted = [dcgan.read_face(f"faces/{index:06d}.jpg", 32) for index in range(16)]
-    assert torch.equal(reals, torch.stack(wanted))
-
-    handed_out.clear()
-    assert dcgan.main(command("--seed", 1)) == 0
-    assert list(handed_out) == [20], "the real images' features were not kept"
-
-    handed_out.clear()
-    assert dcgan.main(command("--max-images", 17)) == 0
-    assert sorted(handed_out) == [17, 20], "other real images' features were taken"
-
-
-def test_a_place_for_features_that_cannot_be_written_is_named_before_hours_of_work(
-    trained, few, handed_out, capsys
-):
-    Path("data/cache").mkdir(parents=True)
-    Path("data/cache/inception").touch()
-    assert "data/cache/inception" in refused(capsys, *command(), status=1)
-    assert not handed_out
-
-
-def test_new_columns_are_named_below_the_rows_of_old_ones(trained):
-    Path("output/evaluation.csv").write_bytes(b"epoch,fid\n1,99\n")
-    for epoch in (7, 8):
-        dcgan.append_evaluation({"epoch": epoch, "FID": 1.5})
-    assert rows() == [["epoch", "fid"], ["1", "99"], ["epoch", "FID"], ["7", "1.5"], ["8", "1.5"]]
-
-
-# ---------------------------------------------------------------------- what is refused, and before
-
-
-@pytest.fixture
-def no_work(monkeypatch):
-    """Nothing may be measured."""
-    monkeypatch.setattr(dcgan, "distances", lambda *_: pytest.fail("Inception was set to work"))
-
-
-def test_too_few_images_are_refused_before_hours_of_work(trained, no_work, capsys):
-    for number, says in ((0, "1..1000000000"), (2047, "2,048 or more")):
-        line = refused(capsys, *WORDS, "--num-images", number)
-        assert "num_images (--num-images)" in line and str(number) in line and says in line
-    line = refused(capsys, *WORDS, "--num-images", 2048)
-    assert "holds 40 images" in line and "2,048 or more" in line  # the real ones are too few
-
-
-def test_without_network_the_line_says_where_to_read_what_to_do(
-    trained, few, workplace, monkeypatch, capsys
-):
-    monkeypatch.setenv("TORCH_HOME", str(workplace / "torch"))
+def test_without_network_the_line_says_where_to_read_what_to_do(many, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", "nothing")
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setattr(urllib.request, "_opener", None)
-    assert dcgan.main(command()) == 1
+    assert dcgan.main(["evaluate", "--num-images", "2048"]) == 1
     *_, line = capsys.readouterr().err.splitlines()  # PyTorch says before that it downloads
-    assert line.startswith("dcgan.py: error: torch-fidelity cannot download its weights")
-    assert "README" in line
+    assert line.startswith("dcgan.py: error: ") and "README" in line and "torch-fidelity" in line
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert inception_module.URL_INCEPTION_V3 in readme and "hub/checkpoints" in readme
+    assert URL_INCEPTION_V3 in readme and "hub/checkpoints" in readme
 
 
-def test_without_torch_fidelity_the_line_says_what_to_install(
-    trained, no_work, monkeypatch, capsys
-):
-    parts = [name for name in sys.modules if name.startswith("torch_fidelity.")]
-    for name in ("torch_fidelity", *parts):
-        monkeypatch.setitem(sys.modules, name, None)
-    assert "pip install torch-fidelity" in refused(capsys, *WORDS, status=1)
+def test_without_torch_fidelity_one_line_says_so(copied, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    refused(capsys, "evaluate", status=1, words=["torch_fidelity"])
+
+
+def test_copies_of_few_real_images_are_precise_but_recall_little(many, inception, monkeypatch):
+    """By the real torch-fidelity, of 20 and 20 images; FID and KID of fewer features and images."""
+    monkeypatch.setenv("TORCH_HOME", str(inception))
+    monkeypatch.setitem(DEFAULTS, "feature_layer_fid", "192")
+    monkeypatch.setitem(DEFAULTS, "kid_subset_size", 12)
+    images = dcgan.Images
+    monkeypatch.setattr(dcgan, "Images", lambda many: images(list(many)[:20]))
+    copies = many[:4].repeat(5, 1, 1, 1) / 255
+    monkeypatch.setattr(dcgan.TrainedGenerator, "images", lambda trained, *about: iter(copies))
+    found = dcgan.evaluate(2048)
+    assert found["precision"] > 0.9 and found["recall"] < 0.5, "recall and precision are swapped"

@@ -1,367 +1,380 @@
-"""The networks, their loss, one training step, and the average of the generator."""
+"""The networks, their losses, one training step, the optimizers, and what a student edits."""
 
 import copy
-import itertools
 import math
+import signal
+import types
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, batch
+from conftest import FINISHED, SCRIPT, TINY, batch, exit_status, flags, one_line, same, table
+from matplotlib.figure import Figure
 from torch import nn
 
+import dcgan
+
+approx = pytest.approx
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def shapes(network, *inputs):
-    """The shapes that leave each convolution."""
-    seen = []
-    for module in network.modules():
-        if isinstance(module, CONVOLUTIONS):
-            module.register_forward_hook(lambda *about: seen.append(tuple(about[-1].shape[1:])))
-    return network(*inputs), seen
+@pytest.fixture
+def make(tiny):
+    """A function: a Trainer with some constants, whose logits of attributes are not zero."""
+
+    def trainer(dtype=torch.float32, attributes=0, **constants):
+        vars(tiny).update(constants)
+        made = tiny.Trainer(CPU, dtype, attributes)
+        nn.init.normal_(layers(made.discriminator, *CONVOLUTIONS)[-1].weight, 0, 0.1)
+        return made
+
+    return trainer
 
 
-def frozen(network):
-    return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+def layers(network, *kinds):
+    return [layer for layer in network if isinstance(layer, kinds)]
 
 
-def equal(before, network, names=None):
-    now = network.state_dict()
-    return all(torch.equal(before[name], now[name]) for name in names or before)
+# ------------------------------------------------------------------------------------ architecture
 
 
-def trainer(dcgan, dtype=torch.float32, **constants):
-    for name, value in constants.items():
-        setattr(dcgan, name, value)
-    return dcgan.Trainer(CPU, dtype)
+def test_the_default_networks_are_the_papers():
+    def up(inner, outer):
+        convolution = nn.ConvTranspose2d(inner, outer, 4, 2, 1, bias=outer == 3)
+        return [nn.BatchNorm2d(inner), nn.ReLU(inplace=True), convolution]
 
+    def down(outer, inner):
+        convolution = nn.Conv2d(outer, inner, 4, 2, 1, bias=False)
+        return [convolution, nn.BatchNorm2d(inner), nn.LeakyReLU(0.2, inplace=True)]
 
-# ------------------------------------------------------------------------------------- architecture
-
-
-@pytest.mark.parametrize("size", [32, 64, 128, 256])
-def test_layers_double_from_4_x_4_to_the_image_and_back(tiny, size):
-    images, up = shapes(tiny.Generator(size, 10, 4).eval(), torch.randn(2, 10, 1, 1))
-    logits, down = shapes(tiny.Discriminator(size, 4).eval(), images)
-    assert images.shape == (2, 3, size, size) and images.abs().max() <= 1 and logits.shape == (2,)
-    inner = up[:-1]
-    assert [side for _, side, _ in up] == [2**level for level in range(2, size.bit_length())]
-    assert inner[-1][0] == 4 and max(width for width, *_ in inner) == min(32, size // 2)
-    for (before, *_), (after, *_) in itertools.pairwise(inner):
-        assert before in (after, 2 * after)
-    assert down == [*inner[::-1], (1, 1, 1)]
-
-
-def test_the_defaults_are_the_papers_networks():
-    import dcgan
-
+    first = [nn.Unflatten(1, (100, 1, 1)), nn.ConvTranspose2d(100, 512, 4, bias=False)]
+    wanted = [*first, *up(512, 256), *up(256, 128), *up(128, 64), *up(64, 3), nn.Tanh()]
     generator = dcgan.Generator(dcgan.IMAGE_SIZE, dcgan.LATENT_SIZE, dcgan.G_FEATURES)
+    assert list(map(str, generator)) == list(map(str, wanted))
+    first = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
+    wanted = [*first, *down(64, 128), *down(128, 256), *down(256, 512), nn.Conv2d(512, 1, 4)]
     discriminator = dcgan.Discriminator(dcgan.IMAGE_SIZE, dcgan.D_FEATURES)
-    images, up = shapes(generator, torch.randn(2, 100, 1, 1))
-    _, down = shapes(discriminator, images)
-    assert up == [(512, 4, 4), (256, 8, 8), (128, 16, 16), (64, 32, 32), (3, 64, 64)]
-    assert down == [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (1, 1, 1)]
-    count = [sum(p.numel() for p in network.parameters()) for network in (generator, discriminator)]
-    # the well-known counts, and biases where no BatchNorm follows
-    assert count == [3_576_704 + 3, 2_765_568 + 64 + 1]
+    assert list(map(str, discriminator)) == list(map(str, [*wanted, nn.Flatten()]))
 
 
-@pytest.mark.parametrize("size", [32, 256])
-def test_details_are_the_papers(tiny, size):
-    generator, discriminator = tiny.Generator(size, 10, 4), tiny.Discriminator(size, 4)
-    for network in (generator, discriminator):
-        layers = [layer for layer in network.modules() if not list(layer.children())]
-        for layer, following in itertools.pairwise([*layers, None]):
-            if isinstance(layer, CONVOLUTIONS):
-                normed = isinstance(following, nn.BatchNorm2d)
-                assert layer.kernel_size == (4, 4) and (layer.bias is None) == normed
-                inner = 1 not in (layer.in_channels, layer.out_channels) and layer.in_channels != 10
-                assert not inner or (layer.stride, layer.padding) == ((2, 2), (1, 1))
-            if isinstance(layer, nn.LeakyReLU):
-                assert layer.negative_slope == 0.2
-        first, *_, last = [layer for layer in layers if isinstance(layer, CONVOLUTIONS)]
-        assert (last if network is generator else first).bias is not None and last.bias is not None
-    kinds = [{type(layer) for layer in network.modules()} for network in (generator, discriminator)]
-    assert {nn.ReLU, nn.Tanh} <= kinds[0] and nn.LeakyReLU not in kinds[0]
-    # logits, not probabilities
-    assert nn.LeakyReLU in kinds[1] and not {nn.ReLU, nn.Sigmoid} & kinds[1]
+@pytest.mark.parametrize("size, widest", [(32, 8), (64, 16), (128, 16), (256, 16)])
+def test_networks_of_each_size_fit_each_other_and_widen_up_to_eight_times(size, widest):
+    generator, discriminator = dcgan.Generator(size, 10, 2), dcgan.Discriminator(size, 2)
+    images = generator(torch.randn(2, 10))
+    assert images.shape == (2, 3, size, size) and discriminator(images).shape == (2,)
+    assert layers(generator, *CONVOLUTIONS)[0].out_channels == widest
+    assert layers(discriminator, *CONVOLUTIONS)[-1].in_channels == widest
 
 
-def test_first_weights_are_normal_with_deviation_0_02(tiny):
-    made = trainer(tiny, IMAGE_SIZE=64, LATENT_SIZE=100, G_FEATURES=64, D_FEATURES=64)
-    for network in (made.generator, made.discriminator):
-        norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-        gains = torch.cat([module.weight.detach() for module in norms])
-        for module in network.modules():
-            if isinstance(module, CONVOLUTIONS):
-                spread = module.weight.detach() / 0.02
-                loose = 6 / math.sqrt(spread.numel())
-                assert spread.mean().item() == pytest.approx(0, abs=loose)
-                assert spread.std().item() == pytest.approx(1, abs=loose)
-                within = (spread.abs() < 1).float().mean().item()
-                assert within == pytest.approx(0.6827, abs=loose)  # not uniform
-            if getattr(module, "bias", None) is not None:
-                assert not module.bias.any()
-        assert gains.mean().item() == pytest.approx(1, abs=0.004)
-        assert gains.std().item() == pytest.approx(0.02, rel=0.15)
-    assert equal(frozen(made.generator), trainer(tiny).generator)  # SEED decides
-    assert not equal(frozen(made.generator), trainer(tiny, SEED=1).generator)
+def test_first_weights_are_normal_with_deviation_0_02_and_gains_around_1(make):
+    made = make(G_FEATURES=64)
+    for layer in layers(made.generator, *CONVOLUTIONS, nn.BatchNorm2d):
+        spread = (layer.weight.detach().flatten() - 1.0 * isinstance(layer, nn.BatchNorm2d)) / 0.02
+        found = [spread.mean().item(), spread.std().item()]
+        assert found == approx([0, 1], abs=5 / math.sqrt(len(spread)))
+        assert layer.bias is None or not layer.bias.any()
+    assert same(made.generator.state_dict(), make().generator.state_dict())
+    assert not same(made.generator.state_dict(), make(SEED=1).generator.state_dict())
 
 
-# --------------------------------------------------------------------------------------------- loss
+def test_each_attribute_adds_its_logit_times_its_label_and_nothing_at_the_start():
+    discriminator = dcgan.Discriminator(32, 4, 2).eval()
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([[1.0, 0.0], [0.0, 0.5], [1.0, 1.0]])
+    alone = discriminator(images)
+    assert torch.equal(discriminator(images, labels), alone), "attribute logits are not zero"
+    nn.init.normal_(layers(discriminator, *CONVOLUTIONS)[-1].weight[1:])
+    one, two = (discriminator(images, label) - alone for label in torch.eye(2))
+    assert one.all() and two.all()
+    wanted = alone + labels[:, 0] * one + labels[:, 1] * two
+    torch.testing.assert_close(discriminator(images, labels), wanted)
 
 
-def assert_gradients(network, wanted):
-    for parameter, gradient in zip(network.parameters(), wanted, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+# --------------------------------------------------------------------------------- training step
 
 
-def test_the_loss_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(tiny):
-    for target in (0.0, 1.0):
-        logits = torch.tensor([-100.0, -17.0, 0.0, 17.0, 100.0], requires_grad=True)
-        loss = tiny.bce(logits, target)
-        loss.backward()
-        torch.testing.assert_close(loss, F.softplus(logits * (1 - 2 * target)).mean())
-        assert torch.allclose(logits.grad, (logits.sigmoid() - target) / 5)
-        assert (logits.grad.abs()[[0, 1] if target else [3, 4]] > 0.19).all()
+@pytest.mark.parametrize("target", [0.0, 1.0])
+def test_the_loss_keeps_its_gradient_where_the_discriminator_is_sure_and_wrong(target):
+    logits = torch.tensor([-100.0, -17.0, 0.0, 17.0, 100.0], requires_grad=True)
+    dcgan.bce(logits, target).backward()
+    torch.testing.assert_close(logits.grad, (logits.sigmoid() - target) / 5)
 
 
-def test_a_step_descends_the_papers_losses_with_non_saturating_generator(tiny):
-    # Both networks stand still: all can be computed again.
-    made = trainer(tiny, LEARNING_RATE=0, REAL_LABEL=0.9)
-    generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
-    faces, flips, latents = batch()
-    made.step(faces, flips, latents)
+STILL = {"LEARNING_RATE": 0, "REAL_LABEL": 0.9, "R1_GAMMA": 30.0}
 
+
+def descended(made, inputs, with_penalty=False):
+    """What a step of networks that stand still measures, and its gradients; both also by hand."""
+    generator, discriminator = copy.deepcopy((made.generator, made.discriminator))
+    made.step(with_penalty, *inputs)
+    weights = [*made.generator.parameters(), *made.discriminator.parameters()]
+    measured = [made.totals, *(weight.grad for weight in weights)]
+
+    faces, flips, latents, *changes = inputs
+    labels = latents[:, TINY["LATENT_SIZE"] :]
     reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
     fakes = generator(latents)
-    real, fake = discriminator(reals), discriminator(fakes.detach())
-    loss_d = F.binary_cross_entropy(real.sigmoid(), torch.full((8,), 0.9))
-    loss_d = loss_d - (1 - fake.sigmoid()).log().mean()
-    loss_d.backward()
-    of_d = [p.grad.clone() for p in discriminator.parameters()]
-    loss_g = -discriminator(fakes).sigmoid().log().mean()
-    loss_g.backward()
-    wanted = [loss_d, loss_g, real.sigmoid().mean(), fake.sigmoid().mean(), torch.tensor(1.0)]
-    torch.testing.assert_close(made.totals, torch.stack(wanted).detach(), rtol=1e-4, atol=1e-5)
-    assert_gradients(made.discriminator, of_d)
-    assert_gradients(made.generator, [p.grad for p in generator.parameters()])
+    if changes:
+        reals, fakes = map(dcgan.augment, (reals, fakes), changes[0].unbind(1))
+    real, fake = discriminator(reals, labels), discriminator(fakes.detach(), labels)
+    penalty, means = 0, [real.sigmoid().mean(), fake.sigmoid().mean(), torch.tensor(1.0)]
+    loss_d = (0.9 * F.softplus(-real) + 0.1 * F.softplus(real) + F.softplus(fake)).mean()
+    if with_penalty:  # each logit by its own image
+        discriminator.eval()
+        for image, label in zip(reals.split(1), labels.split(1)):
+            image.requires_grad_()
+            (slope,) = torch.autograd.grad(discriminator(image, label), image, create_graph=True)
+            penalty = penalty + dcgan.R1_INTERVAL * dcgan.R1_GAMMA / 2 * slope.square().sum() / 8
+    loss_g = F.softplus(-discriminator.train()(fakes, labels)).mean()
+    by_hand = [torch.stack([loss_d, loss_g, *means]).detach()]
+    by_hand += torch.autograd.grad(loss_g, list(generator.parameters()), retain_graph=True)
+    by_hand += torch.autograd.grad(loss_d + penalty, list(discriminator.parameters()))
+    return measured, by_hand
 
 
-def test_the_penalty_is_the_squared_gradient_of_each_logit_by_its_own_image(tiny):
-    made = trainer(tiny, LEARNING_RATE=0, R1_GAMMA=3.0)
-    discriminator = copy.deepcopy(made.discriminator)
-    faces, flips, latents = batch()
-    fakes = copy.deepcopy(made.generator)(latents).detach()
-    made.step(faces, flips, latents, with_penalty=True)
-
-    reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
-    loss = F.softplus(-discriminator(reals)).mean() + F.softplus(discriminator(fakes)).mean()
-    torch.testing.assert_close(made.totals[0], loss.detach())  # the penalty is not shown
-    discriminator.eval()
-    for image in reals.split(1):
-        image.requires_grad_()
-        (slope,) = torch.autograd.grad(discriminator(image), image, create_graph=True)
-        loss = loss + tiny.R1_INTERVAL * 3.0 / 2 * slope.square().sum() / len(reals)
-    wanted = torch.autograd.grad(loss, list(discriminator.parameters()))
-    assert_gradients(made.discriminator, wanted)
+@pytest.mark.parametrize("attributes", [0, 2], ids=["plain", "labels"])
+@pytest.mark.parametrize("with_penalty", [False, True], ids=["losses", "R1"])
+def test_a_step_descends_the_papers_losses_and_half_the_r1_penalty(make, with_penalty, attributes):
+    trainer, inputs = make(attributes=attributes, **STILL), batch(attributes=attributes)
+    torch.testing.assert_close(*descended(trainer, inputs, with_penalty), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("gamma, penalties", [(0.1, 2), (0, 0)])
-def test_the_penalty_comes_in_every_so_many_steps_also_after_resuming(
-    tiny, monkeypatch, gamma, penalties
-):
-    made = trainer(tiny, R1_GAMMA=gamma)
-    monkeypatch.setattr(tiny, "R1_INTERVAL", 4)
-    made.images = 7 * tiny.BATCH_SIZE  # as a checkpoint may have left it
-    steps, penalty = [], made.gradient_penalty
-
-    def noted(*inputs):
-        steps.append(made.images // tiny.BATCH_SIZE)
-        return penalty(*inputs)
-
-    monkeypatch.setattr(made, "gradient_penalty", noted)
-    for number in range(7):
-        made.advance(*batch(number))
-    assert steps == [8, 12][:penalties]
+def test_reals_and_fakes_are_augmented_and_the_generator_learns_through_it(make):
+    inputs = [*batch(), torch.linspace(-1, 1, 80).view(8, 2, 5)]
+    torch.testing.assert_close(*descended(make(**STILL), inputs), rtol=1e-3, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------- augmentation
+def test_each_fourth_step_has_the_penalty_also_in_a_resumed_run(tiny, monkeypatch):
+    step, seen = tiny.Trainer.step, []
+
+    def noted(trainer, with_penalty, *inputs):
+        seen.append(with_penalty)
+        step(trainer, with_penalty, *inputs)
+        if len(seen) == 6:  # in the second epoch
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(tiny.Trainer, "step", noted)
+    monkeypatch.setattr(tiny, "DISTANCE_IMAGES", 64)
+    monkeypatch.setattr(tiny, "save_picture", lambda *about: None)
+    assert exit_status(*flags(DATA_DIR="faces")) == 128 + signal.SIGTERM and len(seen) == 6
+    assert exit_status(*flags(DATA_DIR="faces")) == 0 and len(seen) == 10
+    assert [number for number, penalty in enumerate(seen) if penalty] == [0, 4, 8]
 
 
-def test_changes_move_images_and_their_colours_as_far_as_they_say(tiny):
+def test_changes_move_images_and_their_colours_as_far_as_they_say():
     images = torch.rand(2, 3, 32, 32) * 2 - 1
-
-    def changed(**values):
-        names = ("brightness", "saturation", "contrast", "down", "right")
-        return tiny.augment(images, torch.tensor([[values.get(name, 0.0) for name in names]] * 2))
-
-    torch.testing.assert_close(changed(), images)
-    torch.testing.assert_close(changed(brightness=-1), images - 0.5)
-    torch.testing.assert_close(
-        changed(saturation=-1), images.mean(1, keepdim=True).expand(images.shape)
-    )
-    half = changed(contrast=-1)
-    torch.testing.assert_close(half.std((1, 2, 3)), images.std((1, 2, 3)) / 2)
-    torch.testing.assert_close(half.mean((1, 2, 3)), images.mean((1, 2, 3)))
-    moved = changed(down=1, right=-0.5)  # by 4 and -2 of 32 pixels
-    torch.testing.assert_close(moved[..., 4:, :-2], images[..., :-4, 2:])
-    assert not moved[..., :4, :].any() and not moved[..., -2:].any()
+    changed = [dcgan.augment(images, change.expand(2, 5)) for change in -torch.eye(5)]
+    darker, grey, flat, higher, left = changed
+    torch.testing.assert_close(dcgan.augment(images, torch.zeros(2, 5)), images)
+    torch.testing.assert_close(darker, images - 0.5)
+    torch.testing.assert_close(grey, images.mean(1, keepdim=True).expand(images.shape))
+    torch.testing.assert_close(flat.std((1, 2, 3)), images.std((1, 2, 3)) / 2)
+    torch.testing.assert_close(flat.mean((1, 2, 3)), images.mean((1, 2, 3)))
+    torch.testing.assert_close(higher, F.pad(images[:, :, 4:], (0, 0, 0, 4)))  # an eighth
+    torch.testing.assert_close(left, F.pad(images[..., 4:], (0, 4)))
+    one, other = torch.rand(2, 1, 5) * 2 - 1
+    both = dcgan.augment(images, torch.cat([one, other]))
+    torch.testing.assert_close(both[1:], dcgan.augment(images[1:], other))
 
 
-def test_each_image_has_its_own_changes_and_gradients_find_their_way_back(tiny):
-    images = torch.rand(8, 3, 32, 32, dtype=torch.double, requires_grad=True)
-    changes = torch.rand(8, 5, dtype=torch.double) * 2 - 1
-    whole = tiny.augment(images, changes)
-    for index in range(8):
-        alone = tiny.augment(images[index : index + 1], changes[index : index + 1])
-        torch.testing.assert_close(whole[index], alone[0])
-    weights = torch.rand_like(whole)
-    (slope,) = torch.autograd.grad((whole * weights).sum(), images)
-    direction = torch.rand_like(images) - 0.5
-    difference = tiny.augment(images + direction, changes) - whole  # it is linear in the images
-    torch.testing.assert_close((slope * direction).sum(), (difference * weights).sum())
+def test_each_network_moves_by_its_own_learning_rate(make):
+    made = make(LEARNING_RATE=1e-2, D_LEARNING_RATE=1e-4)
+    networks = made.generator, made.discriminator
+    before = copy.deepcopy(networks)
+    made.step(False, *batch())
+    for old, new, rate in zip(before, networks, (1e-2, 1e-4)):
+        moves = [(a - b).abs().max().item() for a, b in zip(old.parameters(), new.parameters())]
+        assert max(moves) == approx(rate, rel=0.05)
 
 
-def test_the_discriminator_sees_reals_and_fakes_changed_and_the_generator_learns_through_it(tiny):
-    made = trainer(tiny, LEARNING_RATE=0)
-    generator, discriminator = copy.deepcopy(made.generator), copy.deepcopy(made.discriminator)
-    faces, flips, latents = batch()
-    changes = torch.rand(8, 2, 5) * 2 - 1
-    made.step(faces, flips, latents, changes=changes)
-
-    reals = torch.where(flips, faces.flip(3), faces) / 127.5 - 1
-    fakes = tiny.augment(generator(latents), changes[:, 1])
-    real, fake = discriminator(tiny.augment(reals, changes[:, 0])), discriminator(fakes.detach())
-    loss_d = F.softplus(-real).mean() + F.softplus(fake).mean()
-    loss_d.backward()
-    of_d = [p.grad.clone() for p in discriminator.parameters()]
-    loss_g = F.softplus(-discriminator(fakes)).mean()
-    loss_g.backward()
-    torch.testing.assert_close(made.totals[:2], torch.stack([loss_d, loss_g]).detach())
-    assert_gradients(made.discriminator, of_d)
-    assert_gradients(made.generator, [p.grad for p in generator.parameters()])
+def test_a_step_reaches_each_weight_and_touches_nothing_else(make):
+    made, inputs = make(), batch()
+    kept = copy.deepcopy([inputs, made.average.state_dict(), torch.get_rng_state()])
+    made.step(True, *inputs)
+    assert same(kept, [inputs, made.average.state_dict(), torch.get_rng_state()])
+    for network, forwards in ((made.generator, 1), (made.discriminator, 3)):
+        assert all(weight.grad.any() for weight in network.parameters()) and network.training
+        # The discriminator's: reals, fakes, and fakes again for the generator
+        assert {layer.num_batches_tracked.item() for layer in layers(network, nn.BatchNorm2d)} == {
+            forwards
+        }
 
 
-# --------------------------------------------------------------------------------------------- step
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_networks_compute_in_precision_when_they_train_and_when_they_draw(make, dtype):
+    made, seen = make(dtype), []
+    for layer in layers([*made.generator, *made.discriminator, *made.average], *CONVOLUTIONS):
+        layer.register_forward_hook(lambda *about: seen.append(about[-1].dtype))
+    made.step(True, *batch())
+    images = dcgan.draw(made.average, batch()[-1], dtype)
+    assert seen == [dtype] * 4 * (1 + 4 + 1)
+    assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
 
 
-@pytest.mark.parametrize("size", [32, 128])
-def test_gradient_reaches_every_parameter(tiny, size):
-    made = trainer(tiny, IMAGE_SIZE=size)
-    made.step(*batch(size=size))
-    for network in (made.generator, made.discriminator):
-        for name, parameter in network.named_parameters():
-            assert parameter.requires_grad and parameter.grad.any(), name
-            assert parameter.grad.isfinite().all(), name
+# -------------------------------------------------------------------------------------- optimizers
 
 
-@pytest.mark.parametrize("moving", ["generator", "discriminator"])
-def test_the_step_of_one_network_leaves_the_other_alone(tiny, moving):
-    rates = (1e-3, 0) if moving == "generator" else (0, 1e-3)
-    made = trainer(tiny, LEARNING_RATE=rates[0], D_LEARNING_RATE=rates[1])
-    before = {name: frozen(getattr(made, name)) for name in ("generator", "discriminator")}
-    for number in range(3):
-        made.step(*batch(number))
-    for name, tensors in before.items():
-        network = getattr(made, name)
-        for parameter, _ in network.named_parameters():
-            assert equal(tensors, network, [parameter]) == (name != moving), (name, parameter)
+@pytest.mark.parametrize("name, value", [("BETA1", 0.6), ("BETA2", 0.5), ("WEIGHT_DECAY", 0.7)])
+def test_the_optimizer_is_adamw_with_this_setting(monkeypatch, name, value):
+    monkeypatch.setattr(dcgan, name, value)
+    network, rate = nn.Linear(3, 1, bias=False), 0.1
+    optimizer = dcgan.adamw(network, rate)
+    wanted, first, second = network.weight.detach().clone(), 0, 0
+    for step, slopes in enumerate(torch.tensor([[1.0, -2, 3], [-4, 0.5, 1], [2, 2, -2]]), 1):
+        network.weight.grad = slopes[None]
+        optimizer.step()
+        first = dcgan.BETA1 * first + (1 - dcgan.BETA1) * slopes
+        second = dcgan.BETA2 * second + (1 - dcgan.BETA2) * slopes**2
+        mean, square = first / (1 - dcgan.BETA1**step), second / (1 - dcgan.BETA2**step)
+        wanted = wanted * (1 - rate * dcgan.WEIGHT_DECAY) - rate * mean / square.sqrt()
+    torch.testing.assert_close(network.weight.detach(), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("with_penalty", [False, True])
-def test_a_step_touches_nothing_else(tiny, dtype, with_penalty):
-    made = trainer(tiny, dtype)
-    inputs, average = batch(), frozen(made.average)
-    state, images = torch.get_rng_state(), made.images
-    kept = [tensor.clone() for tensor in inputs]
-    made.step(*inputs, with_penalty=with_penalty)
-    assert all(torch.equal(*pair) for pair in zip(inputs, kept)) and equal(average, made.average)
-    assert torch.equal(state, torch.get_rng_state()) and made.images == images
-    assert made.generator.training and made.discriminator.training and not made.average.training
-    for network in (made.generator, made.discriminator):
-        assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    assert not any(p.requires_grad for p in made.average.parameters())
-    statistics = [m for m in made.discriminator.modules() if isinstance(m, nn.BatchNorm2d)]
-    # real, fake, and fake again for the generator
-    assert {module.num_batches_tracked.item() for module in statistics} == {3}
+def test_gradients_too_small_for_float16_are_scaled(make):
+    made, network = make(torch.float16), nn.Linear(4, 1, bias=False)
+    with made.autocast():
+        output = network(torch.ones(1, 4))
+    made.descend(dcgan.adamw(network, 1e-3), output.float().mean() * 1e-8)  # 0 in float16
+    torch.testing.assert_close(network.weight.grad, torch.full((1, 4), 1e-8), rtol=0.1, atol=0)
 
 
-def test_a_learning_rate_that_is_changed_counts_from_the_next_step(tiny):
-    made = trainer(tiny)
+def restored(made, again):
+    """`again` with the state of `made`."""
+    for name in dcgan.OBJECTS:
+        dcgan.restore(getattr(again, name), copy.deepcopy(getattr(made, name).state_dict()))
+    again.images = made.images
+    return again
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_moments_are_restored_so_the_next_steps_are_the_same(make, dtype):
+    made, again = make(dtype, BETA1=0.5), make(dtype)
     made.advance(*batch())
-    made.generator_optimizer.adamw.param_groups[0]["lr"].zero_()
-    before = frozen(made.generator)
-    made.advance(*batch(1))
-    names = [name for name, _ in made.generator.named_parameters()]
-    assert equal(before, made.generator, names)
+    restored(made, again)
+    for trainer in (made, again):
+        for weight, moments in trainer.g_optimizer.state.items():
+            assert {m.stride() for m in moments.values() if m.dim()} == {weight.stride()}
+        trainer.advance(*batch(1))
+    for name in dcgan.OBJECTS:
+        assert same(getattr(again, name).state_dict(), getattr(made, name).state_dict()), name
 
 
-def test_steps_follow_from_the_seed_and_the_batches_alone(tiny):
-    made = trainer(tiny)
-    torch.rand(99)
-    again = trainer(tiny)
-    for number in range(3):
-        made.advance(*batch(number))
-        torch.rand(99)
-        again.advance(*batch(number))
-    for name in ("generator", "discriminator", "average"):
-        assert equal(frozen(getattr(made, name)), getattr(again, name))
-
-
-def test_weights_and_what_the_optimizers_keep_are_channels_last(tiny):
-    made = trainer(tiny)
+def test_the_scale_is_restored_rates_and_betas_are_todays_and_precision_may_change(make):
+    made, other = make(torch.float16), make(torch.float32)
     made.advance(*batch())
-    for network in ("generator", "discriminator"):
-        optimizer = getattr(made, f"{network}_optimizer").adamw
-        for parameter in getattr(made, network).parameters():
-            moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
-            for tensor in (parameter, *moments) if parameter.dim() == 4 else ():
-                assert tensor.is_contiguous(memory_format=torch.channels_last)
+    made.scaler.update(1024.0)
+    again = restored(made, make(torch.float16, LEARNING_RATE=0.25, BETA1=0.5))
+    assert again.scaler.get_scale() == 1024
+    [group] = again.g_optimizer.param_groups
+    assert (group["lr"], group["betas"][0]) == (0.25, 0.5)
+    for trainer in (restored(made, other), restored(other, again)):
+        trainer.advance(*batch())
+        assert all(map(math.isfinite, trainer.take_means().values()))
 
 
-# ------------------------------------------------------------------------------------------ average
-
-
-@pytest.mark.parametrize("share, images", [(0.01, 10**4), (0.05, 10**6), (0.05, 312), (0, 10**6)])
-def test_the_average_covers_the_weights_with_the_documented_half_life(tiny, share, images):
-    made = trainer(tiny, AVERAGE_SHARE=share)
-    with torch.no_grad():
-        for parameter in made.average.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 9)
+@pytest.mark.parametrize("share, images", [(0.05, 10**6), (0.1, 312), (1e-9, 8)])
+def test_the_averages_half_life_is_the_documented_share_of_the_images(make, share, images):
+    made = make(AVERAGE_SHARE=share)
+    for weight in made.average.parameters():
+        nn.init.normal_(weight, 0, 9)
+    before = copy.deepcopy(made.average)
     made.images = images
-    wanted = {name: tensor.clone() for name, tensor in made.average.named_parameters()}
-    for number in range(4):
-        made.advance(*batch(number))
-        documented = share * (images + 8 * (number + 1))
-        keep = 0.5 ** (8 / documented) if documented else 0
-        for name, tensor in made.generator.named_parameters():
-            wanted[name] = keep * wanted[name] + (1 - keep) * tensor
-    assert made.images == images + 32
-    for name, tensor in made.average.named_parameters():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    made.advance(*batch())
+    keep = 0.5 ** (8 / (share * (images + 8)))
+    pairs = zip(before.parameters(), made.generator.parameters())
+    wanted = [keep * old + (1 - keep) * new.detach() for old, new in pairs]
+    torch.testing.assert_close(list(made.average.parameters()), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_averages_statistics_are_those_of_its_own_activations_and_follow_from_its_weights(tiny):
-    made = trainer(tiny, G_FEATURES=16)
-    for number in range(4):
-        made.advance(*batch(number))
-    refreshed = copy.deepcopy(tiny.refresh_batchnorm(made.average))
-    torch.rand(7)
-    for module in made.average.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.fill_(9)
-            module.running_var.fill_(9)
-    tiny.refresh_batchnorm(made.average)
-    assert equal(frozen(refreshed), made.average) and not refreshed.training
-    norms = [module for module in refreshed.modules() if isinstance(module, nn.BatchNorm2d)]
-    seen = []
-    for module in norms:
-        module.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
-    refreshed(torch.randn(2_000, TINY["LATENT_SIZE"], 1, 1))
-    for module, output in zip(norms, seen, strict=True):  # normalised: only gain and bias are left
-        spread = output.std((0, 2, 3)) / module.weight
-        torch.testing.assert_close(spread, torch.ones_like(spread), rtol=0, atol=0.15)
+def test_the_averages_statistics_are_those_of_its_own_activations_whatever_they_were(make):
+    average, labels = make(attributes=1).average, torch.tensor([[0.0], [1.0]])
+    latents = torch.cat([torch.randn(1_000, TINY["LATENT_SIZE"]), labels.repeat(500, 1)], 1)
+    images = []
+    for wrong in (0.0, 9.0):
+        for layer in layers(average, nn.BatchNorm2d):
+            layer.running_mean.fill_(wrong)
+        dcgan.refresh_batchnorm(average, labels)
+        images.append(average(latents))
+    assert torch.equal(*images)
+    torch.testing.assert_close(images[0], average.train()(latents), rtol=0, atol=0.1)
+
+
+# --------------------------------------------------------------------- what a student edits in it
+
+OPTIMIZER = "torch.optim.AdamW(weights, rate, (BETA1, BETA2), **options)"
+DOWN = "nn.Conv2d(outer, inner, 4, 2, 1, bias=outer == 3)"
+UP = "nn.ConvTranspose2d(inner, outer, 4, 2, 1, bias=outer == 3)"
+EDITS = {  # what is replaced by what
+    "RMSprop": {OPTIMIZER: "torch.optim.RMSprop(weights, rate)"},
+    "GroupNorm": {"nn.BatchNorm2d(inner), ": "nn.GroupNorm(4, inner), "}
+    | {"nn.BatchNorm2d(inner)]": "nn.GroupNorm(4, inner)]"},
+    "spectral_norm": {DOWN: f"nn.utils.parametrizations.spectral_norm({DOWN})"},
+    "convolution": {DOWN: f"{DOWN}, nn.Conv2d(inner, inner, 3, padding=1)"},
+    "Linear": {"nn.Conv2d(widths[-1], 1 +": "nn.Linear(16 * widths[-1], 1 +"}
+    | {" + attributes, 4)": " + attributes)", "last, nn.Flatten())": "nn.Flatten(), last)"},
+    "Dropout": {"nn.LeakyReLU(0.2, inplace=True)": "nn.LeakyReLU(0.2), nn.Dropout(0.3)"},
+    "Upsample": {UP: "nn.Upsample(scale_factor=2), nn.Conv2d(inner, outer, 3, padding=1)"},
+    "loss": {'"loss_g", "d_real",': '"loss_g", "loss_both", "d_real",'}
+    | {"measured = [loss_d, loss_g,": "measured = [loss_d, loss_g, loss_d + loss_g,"},
+}
+
+
+@pytest.fixture
+def edited(tiny):
+    """A function: dcgan.py after an edit of EDITS, as a module with the tiny settings."""
+
+    def module(edit):
+        source = SCRIPT.read_text(encoding="utf-8")
+        for old, new in EDITS[edit].items():
+            assert source.count(old) == 1, f"dcgan.py no longer has: {old}"
+            source = source.replace(old, new)
+        made = types.ModuleType("edited")
+        exec(compile(source, "edited.py", "exec"), vars(made))
+        vars(made).update(tiny.setting_values(), MAX_IMAGES=24, DISTANCE_IMAGES=64)
+        made.Run.draw_pictures = made.save_picture = lambda *about, **options: None
+        return made
+
+    return module
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_file_trains_resumes_as_if_not_stopped_and_generates(edited, edit):
+    module, states = edited(edit), []
+    for module.OUTPUT_DIR, ends in (("once", [2]), ("twice", [1, 2])):
+        for module.EPOCHS in ends:  # of three steps each
+            module.train()
+        state = module.read_checkpoint(module.output_path("checkpoint.pt"))
+        states.append([state[name] for name in module.OBJECTS if edit != "Dropout"])
+    assert same(*states) and state["images"] == 48
+    images = module.generate_images(3, seed=1)
+    assert images.shape == (3, 3, 32, 32) and images.std() > 0.001
+
+
+def test_layers_of_other_types_keep_pytorchs_first_weights(edited):
+    trainer = edited("GroupNorm").Trainer(CPU, torch.float32)
+    gains = [layer.weight for layer in trainer.generator if isinstance(layer, nn.GroupNorm)]
+    assert torch.cat(gains).tolist() == [1] * (16 + 8 + 4)
+
+
+def test_one_more_loss_in_the_tables_is_in_the_metrics_the_bar_and_the_curves(edited, monkeypatch):
+    module, bar, curves = edited("loss"), [], []
+    monkeypatch.setattr(module.tqdm, "set_postfix", lambda *about, **_: bar.append(about[1]))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: curves.extend(figure.axes))
+    module.train()
+    for row in table("output/metrics.csv"):
+        assert float(row["loss_both"]) == approx(float(row["loss_d"]) + float(row["loss_g"]), 1e-4)
+    module.draw_losses(Path("losses.png"), [{"images": 8, "loss_both": 2}], [])
+    assert "loss_both" in bar[0] and "loss_both" in curves[0].get_legend_handles_labels()[1]
+
+
+@pytest.mark.parametrize("edit, said", [("RMSprop", "optimizer"), ("convolution", "changed")])
+def test_a_checkpoint_of_the_file_before_its_edit_is_refused(edited, copied, capsys, edit, said):
+    status = edited(edit).main(flags(**FINISHED | {"EPOCHS": 4, "MAX_IMAGES": None}))
+    assert status == 2 and one_line(capsys.readouterr().err, said)
+
+
+def test_a_run_goes_on_when_one_more_loss_is_measured(edited, copied):
+    assert edited("loss").main(flags(**FINISHED | {"EPOCHS": 4, "MAX_IMAGES": None})) == 0
+    assert float(table("output/metrics.csv")[-1]["loss_both"]) > 0
