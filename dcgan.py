@@ -1514,9 +1514,9 @@ def fetch(folder):
     )
 
 
-def draw_demo(folder):
-    """Put 4,000 JPEGs of drawn faces into `folder`."""
-    for index in progress_bar(range(4_000), 4_000, "drawing"):
+def draw_demo(folder, number=4_000):
+    """Put `number` JPEGs of drawn faces into `folder`."""
+    for index in progress_bar(range(number), number, "drawing"):
         draw_face(random.Random(index)).save(folder / f"{index:06d}.jpg", quality=90)
 
 

@@ -8,7 +8,6 @@ rounds; the figures are medians over the rounds.
 
 import argparse
 import itertools
-import random
 import statistics
 import sys
 import tempfile
@@ -140,9 +139,7 @@ def main():
             folder.symlink_to(Path(options.folder).resolve())
         else:
             folder.mkdir()
-            for index in range(2_000):
-                face = dcgan.draw_face(random.Random(index))
-                face.save(folder / f"{index:06d}.jpg", quality=90)
+            dcgan.draw_demo(folder, 2_000)
         measure(folder, options)
 
 

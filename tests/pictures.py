@@ -6,7 +6,6 @@ CELEBA is a folder or zip of CelebA's images and table; README's pictures come f
 Runs that are there already are continued, in the folder `pictures`.
 """
 
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -62,9 +61,7 @@ def photos():
     for number, epochs in [(50, 3_000), (500, 200), (5_000, 20)]:
         folder = WORK / f"photos-{number}"
         folder.mkdir(exist_ok=True)
-        for index in range(number):
-            face = dcgan.draw_face(random.Random(index))
-            face.save(folder / f"{index:06d}.jpg", quality=90)
+        dcgan.draw_demo(folder, number)
         words = ["--image-size", 32, "--batch-size", 32, "--epochs", epochs]
         run("--data-dir", folder, *words, "--output-dir", f"output-{number}")
         with dcgan.Image.open(WORK / f"output-{number}/samples/latest.png") as picture:

@@ -8,7 +8,7 @@ from unittest.mock import Mock, patch
 
 import conftest
 import torch
-from conftest import TINY, batch, checkpoint, dcgan, exit_status, flags, metrics, refused
+from conftest import TINY, batch, checkpoint, dcgan, exit_status, flags, metrics
 
 
 def gradients():
@@ -76,11 +76,6 @@ def test_the_shares_of_two_processes_are_the_batches_of_one(monkeypatch, tiny):
         monkeypatch.setattr(tiny, "RANK", rank)
         mine = [[part[rank::2] for part in batch] for batch in whole]
         assert conftest.same(list(batches.epoch(1)), mine), "shares overlap, or are not random"
-
-
-def test_a_batch_size_that_the_processes_cannot_share_is_refused(monkeypatch, tiny, capsys):
-    monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
-    refused(capsys, "--batch-size", 9, words=("BATCH_SIZE", 9, 2))
 
 
 def test_means_are_those_over_all_processes(monkeypatch, tiny):
