@@ -19,16 +19,13 @@ The sections of this file, in order (dependencies between two sections go one wa
     training step              losses, optimizers, the average of the generator
     hardware                   device, precision, the step as a CUDA graph
     data                       images decoded once into a file, their labels, batches of them
-    pictures and advice        grids, animations, curves, the distance to real faces
+    pictures and distance      grids, animations, curves, the distance to real faces
     training                   the run: epochs, reports, samples, signals
     using a trained generator  generate, interpolate and evaluate
     where images come from     Kaggle, archives, or cartoon faces for the demo
     files and messages         errors, safe writing, checkpoints, printing
     what the settings are      their meaning and what they may be
     command line               flags, commands, exit statuses
-
-Measured on two cores of an Intel Xeon (bfloat16 by AMX, PyTorch 2.14.1) at 64 pixels with
-batches of 64: 209 images per second, 2.5 times as many as a plain float32 DCGAN.
 """
 
 # For `uv run dcgan.py`, which needs no installation: the same packages as in requirements.txt. On
@@ -80,7 +77,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain, islice, pairwise, zip_longest
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from time import perf_counter, sleep, strftime
 from unicodedata import normalize
 
@@ -183,7 +180,7 @@ class Discriminator(nn.Sequential):
     fit its labels looks fake ("projection discriminator", https://arxiv.org/abs/1802.05637).
     """
 
-    def __init__(self, image_size, features, attributes=0):
+    def __init__(self, image_size, features, attributes):
         widths = layer_widths(features, image_size)
         layers = []
         for outer, inner in pairwise([3, *widths]):
@@ -270,7 +267,7 @@ def augment(images, changes):
 class Trainer:
     """Both networks, their optimizers, and the averaged generator, which draws all samples."""
 
-    def __init__(self, device, dtype, attributes=0):
+    def __init__(self, device, dtype, attributes):
         self.device = device
         self.dtype = dtype
         self.autocast = partial(autocast, device, dtype)
@@ -435,14 +432,13 @@ def pick_dtype(device):
     if PRECISION:
         return getattr(torch, PRECISION)
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        capability = torch.cuda.get_device_capability()
         if capability >= (8, 0):
             return torch.bfloat16
-        if capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name(device):
+        if capability >= (7, 0) and "GTX 16" not in torch.cuda.get_device_name():
             return torch.float16
-    elif device.type == "cpu":
-        if torch.cpu.get_capabilities().get("avx512_bf16"):  # others emulate it, slowly
-            return torch.bfloat16
+    elif device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        return torch.bfloat16  # other CPUs emulate it, slowly
     return torch.float32
 
 
@@ -512,7 +508,9 @@ class StepGraph:
 
 DECODER = "centre square, bilinear, on white"  # change it with read_face, or old files are used
 # What computers put beside photos (hidden files, previews, deleted ones), and tables
-NOT_PHOTOS = re.compile(r"[/\\](\.|__MACOSX|[@#][^/\\]*[/\\])|\.(csv|txt)$")
+NOT_PHOTOS = re.compile(
+    r"[/\\](\.|__MACOSX|(@eaDir|[@#][Rr]ecycle|#snapshot|\$RECYCLE\.BIN)[/\\])|\.(csv|txt)$"
+)
 TABLE = "list_attr_celeba.*"  # CelebA's table of attributes, .csv or .txt
 LABELS = {"1": 1.0, "True": 1.0, "0": 0.0, "False": 0.0, "-1": -1.0}  # as tables write them
 
@@ -539,20 +537,19 @@ class FaceFolder(ImageFolder):
         return self.first.setdefault((status.st_dev, status.st_ino or path), path) == path
 
 
-def read_face(path, size):
-    """The image at `path` as bytes, (3, size, size): its largest centre square, antialiased.
+def read_face(image, size):
+    """A PIL image as bytes, (3, size, size): its largest centre square, antialiased.
 
     Raises Pillow's errors for damaged files, and ValueError for 16 or 32 bits per colour.
     """
-    with Image.open(path) as image:
-        image.draft(None, (size, size))  # libjpeg may decode at 1/2, 1/4 or 1/8, not smaller
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
-            raise ValueError("it has 16 or 32 bits per colour; convert it to 8")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        square = center_crop(image.convert("RGB"), min(image.size))
+    image.draft(None, (size, size))  # libjpeg may decode at 1/2, 1/4 or 1/8, not smaller
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":
+        raise ValueError("it has 16 or 32 bits per colour; convert it to 8")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    square = center_crop(image.convert("RGB"), min(image.size))
     square = square.resize((size, size), Image.Resampling.BILINEAR)
     return pil_to_tensor(square).numpy().tobytes()
 
@@ -589,10 +586,13 @@ def decode(paths, size, pixels, report):
 
     def read(path):
         try:
-            return read_face(path, size)
+            with Image.open(path) as image:
+                several.append(getattr(image, "is_animated", False))
+                return read_face(image, size)
         except Exception as error:  # Pillow raises almost anything for a broken file
-            return f"{path}: {error!r}".replace(f" {path!r}", "")
+            return f"{path}: {error!r}"
 
+    several = []
     broken = []
     # Threads, as Pillow decodes outside of Python's global lock
     with replacing(pixels) as file, ThreadPool(usable_cores()) as pool:
@@ -605,6 +605,8 @@ def decode(paths, size, pixels, report):
         if 2 * len(broken) > len(paths):
             raise OSError(f"{len(broken):,} of {len(paths):,} are broken, such as {broken[0]}")
         report.write_text("".join(broken), errors="backslashreplace")
+    if any(several):
+        say(f"of {sum(several):,} files with several pictures, only the first picture is used")
 
 
 def check_sizes(paths, size):
@@ -677,7 +679,7 @@ def table_labels(folder, paths, names):
         """{what is compared: its number in `images`}"""
         numbers = {}
         for number, image in enumerate(images):
-            path = PurePosixPath(normalize("NFC", image.replace("\\", "/")))
+            path = Path(normalize("NFC", image.replace("\\", "/")))
             key = path.parent / path.stem if with_folders else path.stem
             if key in numbers:
                 raise UserError(f"{images[numbers[key]]} and {image} are one image for {table}")
@@ -764,7 +766,7 @@ class Batches:
         self.steps = len(faces) // BATCH_SIZE  # full batches only
         if self.steps == 0:
             raise UserError(f"there are fewer images ({len(faces)}) than BATCH_SIZE ({BATCH_SIZE})")
-        if device.type == "cuda" and faces.numel() < torch.cuda.mem_get_info(device)[0] / 2:
+        if device.type == "cuda" and faces.numel() < torch.cuda.mem_get_info()[0] / 2:
             self.faces = faces.to(device)
         self.labels = labels.to(self.faces.device)
 
@@ -807,7 +809,7 @@ class Batches:
         return order[:number], torch.cat([noise, labels], 1)
 
 
-# ----------------------------------------------------------------------------- pictures and advice
+# ---------------------------------------------------------------------------- pictures and distance
 
 METRICS = ["epoch", "step", "images", *MEASURES, "images_per_second"]  # of metrics.csv
 QUALITY = "epoch images distance best".split()  # of quality.csv
@@ -884,21 +886,8 @@ def nearest(images, faces):
 
 
 def diversity(images):
-    """How much images (N, 3, H, W) differ: their standard deviation, on a grid of 8 × 8."""
-    return F.adaptive_avg_pool2d(images, 8).std(0).mean().item()
-
-
-def advice(rows, share):
-    """Yield a warning for each sign of trouble.
-
-    `rows`: the newest ones of metrics.csv; `share`: diversity of fakes, divided by that of reals.
-    """
-    d_real = np.mean([row["d_real"] for row in rows])
-    d_fake = np.mean([row["d_fake"] for row in rows])
-    if d_real > 0.97 and d_fake < 0.03:
-        yield "the discriminator has won; set D_LEARNING_RATE to 0.0002, or R1_GAMMA to 0.1 or 1"
-    if share < 0.3:
-        yield "the samples look alike (mode collapse); lower LEARNING_RATE or raise BATCH_SIZE"
+    """How much images (N, 3, H, W) differ from each other: the mean standard deviation."""
+    return downscale(images).std(0).mean()
 
 
 def side_by_side(path, sets, columns):
@@ -990,7 +979,14 @@ def train():
             dist.barrier()
     names, labels = read_labels(folder, paths)
     run = Run(Batches(faces, labels, device), names, data)
-    with FileLock(output_path(f".lock-{RANK}"), timeout=0):
+    if not state:
+        # Two checkpoints, each three times today's state: Adam adds two moments per weight.
+        need_space(Path(OUTPUT_DIR), 6 * len(to_file(run.state())))
+    try:
+        lock = FileLock(output_path(f".lock-{RANK}")).acquire(timeout=0)
+    except TimeoutError:
+        raise OSError(f"{OUTPUT_DIR} is in use by another run") from None
+    with lock:
         # Read again: another run may have saved it since.
         run.start(read_checkpoint(checkpoint) if checkpoint.exists() else None)
         run.train()
@@ -1005,9 +1001,7 @@ def compare_settings(then):
     """Say which settings are not as `then`. Raises UserError if they build other networks."""
     for name, value in sorted(setting_values().items() - then.items()):
         if name in NETWORK_SETTINGS:
-            raise UserError(
-                f"{name} is {value}, but {then.get(name)} in {OUTPUT_DIR}; choose another"
-            )
+            raise UserError(f"{name} was {then.get(name)}, now {value}; choose another OUTPUT_DIR")
         say(f"changed since the checkpoint: {name} {then.get(name)} -> {value}")
 
 
@@ -1032,7 +1026,6 @@ class Run(Trainer):
         self.draw = partial(draw, self.average, dtype=self.dtype)  # images from latents
         self.better = None  # the content of a generator.pt that is to be written
         self.saved_at = perf_counter()
-        self.drawn_at = -math.inf
         self.shown = None  # where a notebook shows the samples
 
     def start(self, state):
@@ -1047,12 +1040,9 @@ class Run(Trainer):
             self.start_grey()
         if RANK == 0:
             if not state:
-                # Two checkpoints, each three times today's state: Adam adds two moments per weight.
-                need_space(Path(OUTPUT_DIR), 6 * len(to_file(self.state())))
                 self.sample()
             about = setting_values() | {"PyTorch": torch.__version__, "Python": sys.version}
             attempt(write_bytes, "settings.json", json.dumps(about, indent=2).encode())
-            attempt(write_rows, "metrics.csv", METRICS, self.metrics)
         self.timed = perf_counter(), self.images
 
     def resume(self, state):
@@ -1148,20 +1138,17 @@ class Run(Trainer):
     def pause(self):
         """Between two steps: sample; then measure, save, draw and advise if it is time to."""
         last = self.epoch == EPOCHS
-        finished = self.done == 0  # an epoch
         fakes = self.sample()
         measured = self.quality[-1]["images"] if self.quality else -math.inf
-        if last or (finished and self.images - measured >= MEASURE_EVERY):
+        if last or (self.done == 0 and self.images - measured >= MEASURE_EVERY):
             self.measure()
-        # On a fast GPU, saving after every epoch would take a twentieth of the time.
-        if last or perf_counter() - self.saved_at > min(60, 60 * CHECKPOINT_MINUTES):
+        # On a fast GPU, all this after every epoch would take a twentieth of the time.
+        if last or perf_counter() - self.saved_at > min(120, 60 * CHECKPOINT_MINUTES):
             self.save(last)
-        if self.metrics and (last or perf_counter() - self.drawn_at > 120):
-            self.draw_pictures(fakes, last)
-        rows = [row for row in self.metrics if row["epoch"] == self.epoch]
-        if finished and rows and self.images > 10_000:  # before that, nothing is wrong yet
-            for line in advice(rows, diversity(fakes) / (diversity(self.reals) or 1)):
-                say(f"after epoch {self.epoch}, {line}")
+            if self.metrics:
+                self.draw_pictures(fakes, last)
+                if self.images >= 10_000:  # before that, nothing is wrong yet
+                    self.advise(fakes)
         self.timed = perf_counter(), self.images
 
     def sample(self):
@@ -1194,8 +1181,7 @@ class Run(Trainer):
             self.better = to_file({name: state[name] for name in GENERATOR_STATE})
         else:
             best = self.quality[-1]["best"]
-        row = [self.epoch, self.images, distance, best]
-        self.quality.append(dict(zip(QUALITY, row)))
+        self.quality.append(dict(zip(QUALITY, [self.epoch, self.images, distance, best])))
         attempt(write_rows, "quality.csv", QUALITY, self.quality)
         say(f"epoch {self.epoch}/{EPOCHS}: distance {distance:.4f}, best in epoch {best}")
 
@@ -1206,6 +1192,7 @@ class Run(Trainer):
         """
         if self.better and attempt(write_bytes, "generator.pt", self.better):
             self.better = None
+        # Anew: after a crash, it has rows that this run will write again.
         attempt(write_rows, "metrics.csv", METRICS, self.metrics)
         content = to_file(self.state())
         saved = attempt(write_bytes, "checkpoint.pt", content)
@@ -1230,7 +1217,14 @@ class Run(Trainer):
         attempt(side_by_side, "real_vs_fake.png", sets, 8)
         if self.attributes:
             attempt(side_by_side, "attributes.png", self.with_attributes(), 1)
-        self.drawn_at = perf_counter()
+
+    def advise(self, fakes):
+        """Warn of each sign of trouble."""
+        row = self.metrics[-1]
+        if row["d_real"] > 0.97 and row["d_fake"] < 0.03:
+            say("the discriminator has won; set D_LEARNING_RATE to 0.0002, or R1_GAMMA to 0.1 or 1")
+        if 3 * diversity(fakes) < diversity(self.reals):
+            say("the samples look alike (mode collapse); lower LEARNING_RATE or raise BATCH_SIZE")
 
     def with_attributes(self):
         """{title: images} of 8 people: as drawn, and without (no folders) and with each."""
@@ -1349,12 +1343,12 @@ def save_each(images, folder):
 
     A file that is there must be the same, or its beginning: a stopped call can be repeated.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)
     for index, image in enumerate(images):
         path = folder / f"{index:06d}.png"
         content = encode_png(to_bytes(image)).numpy().tobytes()
         if path.exists() and not content.startswith(path.read_bytes()):
-            raise UserError(f"{folder} has other images; empty it, or choose another --output")
+            raise UserError(f"{folder} has other images; empty it, or choose another output")
         path.write_bytes(content)
     say(f"saved in {folder}")
     return folder
@@ -1367,7 +1361,7 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None,
     between two would be too short, so it is scaled to the usual length.
     """
     trained = TrainedGenerator(checkpoint, attributes)
-    path = Path(output or trained.path.with_name("interpolation.gif"))
+    path = Path(output or trained.path.with_name("interpolation.gif")).absolute()
     corners = torch.cat(list(trained.latents(num_faces, seed)))[:num_faces]
     share = torch.arange(frames)[:, None] / frames
     pictures = []
@@ -1375,9 +1369,9 @@ def interpolate(num_faces=8, frames=16, seed=None, checkpoint=None, output=None,
         walk = torch.lerp(start, end, share)
         walk[:, : trained.settings["LATENT_SIZE"]] /= torch.hypot(share, 1 - share)
         pictures += map(enlarged, to_bytes(trained.draw(walk)))
-    save_animation(path, pictures, 60)
-    say(f"saved {path}")
-    show(path)
+    if attempt(save_animation, path, pictures, 60):
+        say(f"saved {path}")
+        show(path)
     return path
 
 
@@ -1396,8 +1390,8 @@ def evaluate(num_images=50_000, checkpoint=None, seed=0, data_dir=None):
     from torch_fidelity import calculate_metrics  # not everybody has it
 
     trained = TrainedGenerator(checkpoint)
-    if data_dir is None:
-        data_dir = json.loads(trained.path.with_name("settings.json").read_text())["DATA_DIR"]
+    settings = trained.path.with_name("settings.json")
+    data_dir = data_dir or json.loads(settings.read_text())["DATA_DIR"]
     faces, *_ = load_faces(prepare_data(data_dir), trained.settings["IMAGE_SIZE"])
     reals = faces[:: math.ceil(len(faces) / 50_000)]
     if min(num_images, len(reals)) < 2_048:
@@ -1484,17 +1478,27 @@ def fill_folder(folder, put):
         with suppress(OSError):  # if they are empty
             part.rmdir()
             folder.rmdir()
+            os.rmdir("data")  # in which the folders of CelebA and the demo are
 
 
 def unpack(archive, folder):
     """Unpack a zip or tar into `folder`, never outside of it."""
     if archive.suffix.lower() != ".zip":
-        shutil.unpack_archive(archive, folder, filter="data")
+        shutil.unpack_archive(archive, folder, "tar", filter="data")  # compressed or not
         return
+    too_long = 0
     with zipfile.ZipFile(archive) as source:
         for member in source.infolist():
-            member.filename = member.filename.replace("\\", "/")  # Windows may write the former
-            source.extract(member, folder)
+            name = member.filename.replace("\\", "/")  # Windows may write the former
+            with suppress(UnicodeError):  # a Mac writes UTF-8, which zipfile reads as CP437
+                name = name.encode("cp437").decode()
+            member.filename = name
+            if re.search(rb"[^/]{256}", name.encode()):  # longer than file systems take
+                too_long += 1
+            else:
+                source.extract(member, folder)
+    if too_long:
+        say(f"left out of {archive}: {too_long:,} files whose names are too long")
 
 
 def fetch(folder):
@@ -1510,7 +1514,7 @@ def fetch(folder):
     raise OSError(
         "Kaggle's client has failed, as said above; run this again to resume. Or create a token at "
         "https://www.kaggle.com/settings and save it as ~/.kaggle/access_token. Or give images of "
-        "your own, or the zip from the browser: --data-dir archive.zip. Or run --demo"
+        "your own, or the zip from the browser, as DATA_DIR: --data-dir archive.zip. Or run --demo"
     )
 
 
@@ -1575,7 +1579,7 @@ def attempt(write, name, *arguments):
 def replacing(path):
     """A file to write, which takes the name `path` when everything is written."""
     part = path.with_name(f".{os.getpid()}-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    os.makedirs(path.parent, exist_ok=True)
     try:
         with open(part, "wb") as file:
             yield file
@@ -1687,7 +1691,7 @@ def in_notebook():
 def show(picture, handle=None):
     """In a notebook, show a PIL picture or an animation's path, in `handle`, which is returned."""
     if not in_notebook():
-        return None
+        return
     from IPython import display
 
     if isinstance(picture, Path):
@@ -1710,8 +1714,7 @@ def progress_bar(items, total, name, **options):
     """A tqdm bar; where there is no terminal, a line per minute."""
     if not in_notebook() and not (sys.stderr and sys.stderr.isatty()):
         options |= {"mininterval": 60, "delay": 60, "miniters": 1, "file": Lines()}
-    options |= {"disable": RANK > 0, "dynamic_ncols": True}
-    return tqdm(items, name, total, unit=" images", **options)
+    return tqdm(items, name, total, unit=" images", disable=RANK > 0, dynamic_ncols=True, **options)
 
 
 def say(text):
@@ -1766,7 +1769,7 @@ data_dir           path     -       -  folder of the real images, by default the
 """
 ROWS = [line.split(maxsplit=4) for line in HELP.splitlines()]
 RULES = {name: rule for name, *rule in ROWS}
-SETTINGS = tuple(name for name in RULES if name.isupper())
+SETTINGS = [name for name in RULES if name.isupper()]
 OPTIONAL = "MAX_IMAGES AUGMENT ATTRIBUTES D_LEARNING_RATE DEVICE PRECISION".split()
 KINDS = {
     "integer": int,
@@ -1828,6 +1831,10 @@ COMMANDS = {
 }
 
 
+WRONG_CALLS = (UserError, argparse.ArgumentError)
+FAILURES = (OSError, ImportError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
+
+
 def parse(words):
     """The function that a command line calls, and {name: text} of its settings and arguments."""
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
@@ -1847,13 +1854,14 @@ def parse(words):
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
         options |= {"dest": name, "default": argparse.SUPPRESS}
-        text = f"{RULES[name][-1]} (default {default})"
-        parser.add_argument(flag(name), help=text, **options)
+        parser.add_argument(flag(name), help=f"{RULES[name][-1]} (default {default})", **options)
     # With a blank before it, the -Male of `--attributes -Male` is no flag.
     words = [re.sub("^-(?!-|h$)", " -", word) for word in words]
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions)
+        flags = parser._option_string_actions
+        close = [name for name in flags if re.sub(r"(\w)\w*-?", r"\1", name) == unknown[0]]
+        close += difflib.get_close_matches(unknown[0], flags)
         hint = f"did you mean {close[0]}?" if close else "--help shows what there is"
         raise UserError(f"there is no {unknown[0]}; {hint}")
     options = vars(options)
@@ -1867,23 +1875,18 @@ def main(argv=None):
     After a signal it is 128 plus the number of the signal. Errors that only someone editing this
     file can fix keep their traceback.
     """
-    before = setting_values()
     try:
         function, options = parse(sys.argv[1:] if argv is None else list(argv))
         values = {name: parsed(name, text) for name, text in options.items()}
         globals().update({name: values.pop(name) for name in SETTINGS if name in values})
         function(**values)
-        return 0
+        # A run goes on without a picture; a command is there for it.
+        return 1 if failing and function is not train else 0
     except KeyboardInterrupt as interrupt:
         return 128 + (interrupt.args or [signal.SIGINT])[0]
-    except (OSError, ImportError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
-        text, status = error, 1
-    except (UserError, argparse.ArgumentError) as error:
-        text, status = error, 2
-    finally:
-        globals().update(before)
-    print(f"dcgan.py: error: {' '.join((str(text) or repr(text)).split())}", file=sys.stderr)
-    return status
+    except WRONG_CALLS + FAILURES as error:
+        print(f"dcgan.py: error: {' '.join((str(error) or repr(error)).split())}", file=sys.stderr)
+        return 2 if isinstance(error, WRONG_CALLS) else 1
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def usual(folder, device):
 def ours(folder, device):
     """dcgan.py's training, a step at a time."""
     images, paths, *_ = dcgan.load_faces(folder, 64)
-    trainer = dcgan.Trainer(device, dcgan.pick_dtype(device))
+    trainer = dcgan.Trainer(device, dcgan.pick_dtype(device), 0)
     batches = dcgan.Batches(images, torch.zeros(len(paths), 0), device)
     for epoch in itertools.count():
         for batch in batches.epoch(epoch):

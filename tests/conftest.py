@@ -224,10 +224,13 @@ def refused(capsys, *arguments, status=2, words=()):
 
 def exit_status(*arguments):
     """That of the command line with these arguments, in this process."""
+    before = dcgan.setting_values()
     try:
         return dcgan.main(list(map(str, arguments)))
     except SystemExit as end:  # argparse's
         return end.code
+    finally:
+        vars(dcgan).update(before)
 
 
 # ------------------------------------------------------------------------- what a run has left

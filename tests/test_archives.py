@@ -4,6 +4,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import files, flags, refused
@@ -43,7 +44,7 @@ def test_a_zip_is_unpacked_once_beside_a_folder_of_its_name_and_anew_if_changed(
     assert unpacked()[1] == names("other/{}.png")
 
 
-@pytest.mark.parametrize("form, suffix", [("tar", ".tar"), ("gztar", ".tar.gz"), ("zip", ".ZIP")])
+@pytest.mark.parametrize("form, suffix", [("tar", ".tar"), ("gztar", ".TAR.GZ"), ("zip", ".ZIP")])
 def test_other_archives_are_unpacked(tiny, workplace, form, suffix):
     zipped()
     os.rename(shutil.make_archive("made", form, unpacked()[0] / "images"), "x" + suffix)
@@ -65,6 +66,23 @@ def test_odd_names_are_unpacked_in_their_folders_and_never_outside(tiny, workpla
     folder, found = unpacked()
     assert found == names(wanted)
     assert {*os.listdir()} == {"faces", "photos.zip", folder.name}
+
+
+def test_names_that_a_mac_has_written_are_right(tiny, workplace):
+    zipped("caf##/{}.png")
+    archive = Path("photos.zip")
+    archive.write_bytes(archive.read_bytes().replace(b"caf##", "café".encode()))
+    assert unpacked()[1] == names("café/{}.png")
+
+
+def test_names_too_long_for_the_disk_are_counted(tiny, workplace, capsys):
+    zipped()
+    with zipfile.ZipFile("photos.zip", "a") as archive:
+        for name in ("é" * 128 + ".png", "x" * 300 + "/a.png"):
+            archive.write(tiny.DATA_DIR + "/000000.jpg", name)
+        archive.write(tiny.DATA_DIR + "/000000.jpg", "__MACOSX/" + "é" * 120 + ".png")
+    assert unpacked()[1] == names("inner/{}.png")
+    assert "photos.zip: 2 files whose names are too long" in capsys.readouterr().out
 
 
 REFUSED = {

@@ -54,8 +54,8 @@ def test_a_device_that_is_not_there_is_one_line(tiny, monkeypatch, capsys, wante
     ],
 )
 def test_the_precision_is_the_fastest_in_hardware(tiny, monkeypatch, device, able, name, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: able)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
     assert tiny.pick_dtype(torch.device(device)) == torch.float32, "PRECISION is ignored"
     tiny.PRECISION = None

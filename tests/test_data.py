@@ -28,25 +28,36 @@ def load(folder, size=32):
     """What `load_faces` returns. Its faces have to be those of its paths."""
     faces, paths, key = dcgan.load_faces(folder, size)
     for face, path in zip(faces, paths, strict=True):
-        assert face.numpy().tobytes() == dcgan.read_face(path, size), f"not the face of {path}"
+        assert face.numpy().tobytes() == dcgan.read_face(Image.open(path), size), (
+            f"not the face of {path}"
+        )
     return faces, paths, key
 
 
 def read(path):
-    return np.frombuffer(dcgan.read_face(path, 32), np.uint8).reshape(3, 32, 32).astype(float)
+    face = dcgan.read_face(Image.open(path), 32)
+    return np.frombuffer(face, np.uint8).reshape(3, 32, 32).astype(float)
 
 
 def test_images_are_found_at_any_depth_and_what_is_left_out_is_counted(folder, capsys):
-    wanted = ["0.jpg", "a/1.JPG", "a/b/c/2.jfif", "#4.webp", "a\nb.png", os.fsdecode(b"\xff.png")]
+    wanted = [
+        "0.jpg",
+        "a/1.JPG",
+        "a/b/c/2.jfif",
+        "#4.webp",
+        "@b/c.png",
+        "a\nb.png",
+        os.fsdecode(b"\xff.png"),
+    ]
     beside = [".h.jpg", ".thumbnails/1.jpg", "a/._1.jpg", "__MACOSX/a/x.jpg", "a/@eaDir/1.jpg"]
-    put(folder, *wanted, *beside, "#recycle/1.jpg")
+    put(folder, *wanted, *beside, "#recycle/1.jpg", "@Recycle/1.jpg", "$RECYCLE.BIN/1.jpg")
     for name in ("a.heic", "b.HEIC", "README", "3.jpg", "list.csv", "notes.txt", ".hidden.heic"):
         (folder / name).write_bytes(b"no image")
     os.mkfifo(folder / "pipe.jpg")  # opened, it would be waited for
     (folder / "nowhere.jpg").symlink_to("missing.jpg")
     assert {os.path.relpath(path, folder) for path in load(folder)[1]} == {*wanted}
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and said.startswith("images: 6; left out: ")
+    assert said.count("\n") == 1 and said.startswith("images: 7; left out: ")
     assert all(kind in said for kind in ("2 .heic", "1 without extension", "1 broken"))
 
 
@@ -56,6 +67,17 @@ def test_too_few_images_are_refused_with_what_there_is(folder, capsys, number, w
     (folder / "x.heic").touch()
     refused(capsys, *flags(DATA_DIR=folder), words=words)
     assert not os.path.exists("output")
+
+
+def test_files_with_several_pictures_are_counted_and_their_first_one_is_used(folder, capsys):
+    pictures = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue", "blue")]
+    for name in ("a.tif", "b.gif", "c.webp", "d.png"):
+        pictures[0].save(folder / name, save_all=True, append_images=pictures[1:])
+    pictures[0].save(folder / "e.tif")
+    pictures[0].save(folder / "f.gif")
+    red = load(folder)[0].float().mean((2, 3))
+    assert "of 4 files with several pictures" in capsys.readouterr().out
+    assert (red[:, 0] > 200).all() and (red[:, 2] < 50).all()
 
 
 def test_a_file_with_several_links_is_one_image(folder, all_faces):

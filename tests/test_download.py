@@ -159,7 +159,7 @@ def test_the_clients_own_words_and_a_line_of_ours_are_shown_where_it_fails(
     ways = ["https://www.kaggle.com/settings", "~/.kaggle/access_token", "--data-dir", "--demo"]
     said = download(status=1, words=ways)
     assert ("404 Client Error" if refusal == 404 else "Authentication required") in said
-    assert not Path("data/celeba").exists()
+    assert not Path("data").exists()
 
 
 def test_a_small_disk_is_named_before_anything_is_asked(download, server, monkeypatch, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, checkpoint, files, pixels, refused
+from conftest import TINY, checkpoint, exit_status, files, pixels, refused
 from PIL import Image
 
 import dcgan
@@ -87,6 +87,8 @@ def test_faces_are_returned_even_if_no_file_can_be_written(output, capsys, name)
     Path("folder.png").mkdir()
     assert len(dcgan.generate_images(2, seed=1, output=name)) == 2
     assert f"{name} cannot be written" in capsys.readouterr().out
+    for command in ("generate --num-images 2", "interpolate --num-faces 2 --frames 1"):
+        assert exit_status(*command.split(), "--output", name) == 1
     assert sorted(files(".")) == ["file", "output/generator.pt"]
 
 
@@ -117,7 +119,7 @@ def test_individual_files_never_overwrite_others(output, capsys):
     Path("mine").mkdir()
     Path("mine/000001.png").write_bytes(b"a picture of mine")
     command = "generate --individual --num-images 3 --seed 1 --output mine".split()
-    refused(capsys, *command, words=["mine", "--output"])
+    refused(capsys, *command, words=["mine", "another output"])
     assert Path("mine/000001.png").read_bytes() == b"a picture of mine"
 
 

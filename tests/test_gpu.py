@@ -21,7 +21,7 @@ def card(tiny):
 
 def advanced(device, dtype, steps=10, eager=False):
     """A Trainer after some steps, each second one with the penalty, and its means."""
-    made = dcgan.Trainer(device, dtype)
+    made = dcgan.Trainer(device, dtype, 0)
     if eager:
         made.steps = [graph.function for graph in made.steps]
     for number in range(steps):
@@ -69,7 +69,7 @@ def test_the_penaltys_gradients_are_those_of_a_cpu(tiny, monkeypatch):
     reals = torch.rand(8, 3, 32, 32) * 2 - 1
     gradients = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        made = dcgan.Trainer(device, torch.float32)
+        made = dcgan.Trainer(device, torch.float32, 0)
         made.gradient_penalty(reals.clone().to(device), torch.zeros(8, 0, device=device)).backward()
         weights = made.discriminator.parameters()
         gradients.append([weight.grad.cpu() for weight in weights if weight.grad is not None])

@@ -56,13 +56,13 @@ def test_the_default_networks_are_the_papers():
     assert list(map(str, generator)) == list(map(str, wanted))
     first = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2, inplace=True)]
     wanted = [*first, *down(64, 128), *down(128, 256), *down(256, 512), nn.Conv2d(512, 1, 4)]
-    discriminator = dcgan.Discriminator(dcgan.IMAGE_SIZE, dcgan.D_FEATURES)
+    discriminator = dcgan.Discriminator(dcgan.IMAGE_SIZE, dcgan.D_FEATURES, 0)
     assert list(map(str, discriminator)) == list(map(str, [*wanted, nn.Flatten()]))
 
 
 @pytest.mark.parametrize("size, widest", [(32, 8), (64, 16), (128, 16), (256, 16)])
 def test_networks_of_each_size_fit_each_other_and_widen_up_to_eight_times(size, widest):
-    generator, discriminator = dcgan.Generator(size, 10, 2), dcgan.Discriminator(size, 2)
+    generator, discriminator = dcgan.Generator(size, 10, 2), dcgan.Discriminator(size, 2, 0)
     images = generator(torch.randn(2, 10))
     assert images.shape == (2, 3, size, size) and discriminator(images).shape == (2,)
     assert layers(generator, *CONVOLUTIONS)[0].out_channels == widest
@@ -353,7 +353,7 @@ def test_an_edited_file_trains_resumes_as_if_not_stopped_and_generates(edited, e
 
 
 def test_layers_of_other_types_keep_pytorchs_first_weights(edited):
-    trainer = edited("GroupNorm").Trainer(CPU, torch.float32)
+    trainer = edited("GroupNorm").Trainer(CPU, torch.float32, 0)
     gains = [layer.weight for layer in trainer.generator if isinstance(layer, nn.GroupNorm)]
     assert torch.cat(gains).tolist() == [1] * (16 + 8 + 4)
 

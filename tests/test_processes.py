@@ -79,7 +79,7 @@ def test_the_shares_of_two_processes_are_the_batches_of_one(monkeypatch, tiny):
 
 
 def test_means_are_those_over_all_processes(monkeypatch, tiny):
-    trainer = tiny.Trainer(torch.device("cpu"), torch.float32)
+    trainer = tiny.Trainer(torch.device("cpu"), torch.float32, 0)
     trainer.totals += torch.tensor([2.0, 4.0, 6.0, 8.0, 2.0])
     monkeypatch.setattr(tiny, "WORLD_SIZE", 2)
     others = Mock(all_reduce=lambda totals: totals.add_(torch.tensor([8.0, 6.0, 4.0, 2.0, 2.0])))
