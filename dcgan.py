@@ -163,8 +163,10 @@ class Generator(nn.Sequential):
 
     def __init__(self, image_size, latent_size, features):
         widths = layer_widths(features, image_size)[::-1]
-        layers = [nn.Unflatten(1, (latent_size, 1, 1))]  # (N, latent_size, 1, 1)
-        layers += [nn.ConvTranspose2d(latent_size, widths[0], 4, bias=False)]  # (N, 512, 4, 4)
+        layers = [
+            nn.Unflatten(1, (latent_size, 1, 1)),  # (N, latent_size, 1, 1)
+            nn.ConvTranspose2d(latent_size, widths[0], 4, bias=False),  # (N, 512, 4, 4)
+        ]
         for inner, outer in pairwise([*widths, 3]):
             layers += [nn.BatchNorm2d(inner), nn.ReLU(inplace=True)]
             # in turn (N, 256, 8, 8), (N, 128, 16, 16), (N, 64, 32, 32), (N, 3, 64, 64)
@@ -365,8 +367,8 @@ class Trainer:
         self.steps[with_penalty](*batch)
         self.images += BATCH_SIZE
         keep = 0.5 ** (BATCH_SIZE / (AVERAGE_SHARE * self.images))
-        averages, weights = self.average.parameters(), self.generator.parameters()
-        get_ema_multi_avg_fn(keep)(list(averages), list(weights), None)  # it ignores the None
+        update = get_ema_multi_avg_fn(keep)
+        update([*self.average.parameters()], [*self.generator.parameters()], None)  # None is unused
 
     def take_means(self):
         """{name: mean since the last call}. Only this makes the training loop wait for the GPU."""
@@ -644,18 +646,20 @@ def folder_kinds(folder, paths):
     """The kind of each image: the name of the folder in which the images differ, or "".
 
     That is the outermost level, unless it only splits the kinds up: the same names are in several
-    of these folders (train/cat, test/cat), or these differ in digits only (part-1/cat, part-2/dog).
+    of these folders (home/cat, zoo/cat), or these differ in digits only (part-1/cat, part-2/dog).
+    Names such as train and test_set are no kinds.
     """
     trails = [split_names(Path(path).relative_to(folder).parts[:-1]) for path in paths]
     levels = zip_longest(*trails, fillvalue="")  # the names at each depth
-    levels = [level for level in levels if len({*level} - {""}) > 1]
+    is_split = re.compile(r"(?i)((train|test)(ing)?|val(id|idation)?)([\W\d_].*)?$|$").match
+    levels = [level for level in levels if len({"", *level}) > 2 and not all(map(is_split, level))]
     if not levels:
         raise UserError(f"ATTRIBUTES is folders, but all photos are of one kind: {trails[0]}")
-    kinds = levels[0]
-    for inner in levels[1:]:
+    kinds, *inners = levels
+    for inner in inners:
         pairs = {(kind, name) for kind, name in zip(kinds, inner) if name}
         parts = {re.sub(r"\d", "", kind) for kind in kinds if kind}
-        if len(pairs) > len({*inner} - {""}) or len(parts) == 1:
+        if len(pairs) >= len({"", *inner}) or len(parts) == 1:
             kinds = inner
     wrong = [kind for kind in {*kinds} if re.search("^-|,|^None$", kind)]
     if wrong:
@@ -933,8 +937,7 @@ def draw_animation(path):
     files = output_path("samples").glob("epoch_*.png")
     files = sorted(files, key=lambda file: int(file.stem[6:]))
     stride = math.ceil(len(files) / ANIMATION_FRAMES)
-    frames = [Image.open(file) for file in files[::-stride][::-1]]
-    save_animation(path, frames, 150)
+    save_animation(path, [Image.open(file) for file in files[::-stride][::-1]], 150)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -1628,7 +1631,7 @@ def restore(owner, state):
     Of an optimizer, only the moments: rates and betas stay as today's settings say.
     """
     if isinstance(owner, torch.optim.Optimizer):
-        state = state | {"param_groups": owner.state_dict()["param_groups"]}
+        state |= {"param_groups": owner.state_dict()["param_groups"]}
     try:
         if state:  # a scaler that was not in use has none
             owner.load_state_dict(state)

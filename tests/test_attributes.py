@@ -196,6 +196,9 @@ KINDS = {
     "deeper ones": "animals/cat/old/1 animals/cat/2 animals/dog/new/1",
     "a split": "train/cat/1 train/dog/1 val/cat/1 test/dog/1",
     "a split in a folder": "all/train/cat/1 all/train/dog/1 all/val/cat/1 all/val/dog/1",
+    "a split of each": "cat/train/1 cat/test/1 dog/train/1 dog/test/1",
+    "a split with other photos": "Training_set/cat/1 Training_set/dog/1 test1/1",
+    "a zoo": "home/cat/1 zoo/cat/1 home/dog/1 zoo/dog/1",
     "two downloads": "animals-001/animals/cat/1 animals-002/animals/dog/1",
     "other photos": "cat/1 dog/1 2",
 }
@@ -217,6 +220,12 @@ def test_many_kinds_are_named_shortly(tiny, capsys):
     tiny.read_labels("/photos", [f"/photos/{index:02d}/1" for index in range(60)])
     said = capsys.readouterr().out
     assert "09 2%, and 50 more" in said and "10 2%" not in said
+
+
+@pytest.mark.parametrize("kinds", ["train car", "valley test", "0 1", "trainers 7up", "test_1 car"])
+def test_kinds_may_have_any_names(tiny, kinds):
+    paths = [f"/photos/part-{part}/{kind}/1" for part in (1, 2) for kind in kinds.split()]
+    assert {*tiny.folder_kinds("/photos", paths)} == {*kinds.split()}
 
 
 @pytest.mark.parametrize("folders", ["cat", "cat, domestic", "None", "-1"])
