@@ -222,7 +222,7 @@ def test_many_kinds_are_named_shortly(tiny, capsys):
     assert "09 2%, and 50 more" in said and "10 2%" not in said
 
 
-@pytest.mark.parametrize("kinds", ["train car", "valley test", "0 1", "trainers 7up", "test_1 car"])
+@pytest.mark.parametrize("kinds", ["train car", "cat test", "0 1", "trainers valley", "test_1 car"])
 def test_kinds_may_have_any_names(tiny, kinds):
     paths = [f"/photos/part-{part}/{kind}/1" for part in (1, 2) for kind in kinds.split()]
     assert {*tiny.folder_kinds("/photos", paths)} == {*kinds.split()}
