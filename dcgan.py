@@ -236,7 +236,7 @@ def draw(generator, latents, dtype):
 R1_INTERVAL = 32  # the R1 penalty is slow, so only every 32nd step has it, 32 times as strong
 # What a step measures: columns of metrics.csv, values in the bar, curves in losses.png. D(x) and
 # D(G(z)), the probabilities of "real" for real and generated images, are d_real and d_fake.
-MEASURES = ("loss_d", "loss_g", "d_real", "d_fake")
+MEASURES = ("d_real", "d_fake", "loss_d", "loss_g")
 
 
 def bce(logits, target):
@@ -273,8 +273,7 @@ class Trainer:
         self.device = device
         self.dtype = dtype
         self.autocast = partial(autocast, device, dtype)
-        # Before the optimizers see them: fused AdamW is silently wrong where weights and moments
-        # differ in memory format.
+        # At once: fused AdamW is silently wrong if weights and moments differ in memory format.
         layout = {"device": device, "memory_format": memory_format(device)}
         torch.manual_seed(seed_for("weights"))
         self.generator = Generator(IMAGE_SIZE, LATENT_SIZE + attributes, G_FEATURES).to(**layout)
@@ -339,7 +338,7 @@ class Trainer:
         self.scaler.update()
 
         # The values of MEASURES, in that order. To show another loss, add it to both.
-        measured = [loss_d, loss_g, real_logits.sigmoid().mean(), fake_logits.sigmoid().mean()]
+        measured = [real_logits.sigmoid().mean(), fake_logits.sigmoid().mean(), loss_d, loss_g]
         self.totals += torch.stack([*measured, torch.ones_like(loss_d)]).detach()
 
     def gradient_penalty(self, reals, labels):
@@ -467,7 +466,7 @@ class StepGraph:
     """A step on CUDA that, from its fourth call on, replays a CUDA graph of itself.
 
     A graph launches 300 small kernels at once. Before the capture, PyTorch needs calls on a side
-    stream. If it fails, `abandon` cleans up, and all calls run without a graph.
+    stream. If the capture fails, `abandon` cleans up, and all calls run without a graph.
     """
 
     def __init__(self, function, stream, abandon):
@@ -491,8 +490,7 @@ class StepGraph:
                 say(f"no CUDA graph here ({error!r}); training continues without it, but slower")
                 torch.cuda.set_stream(current)
                 self.stream = current
-                # Before PyTorch 2.13 the allocator stays in capture mode (issue 180395), which
-                # cuDNN's benchmark would not survive.
+                # Before PyTorch 2.13, cuDNN's benchmark does not work after this (issue 180395).
                 torch.backends.cudnn.benchmark = False
                 self.abandon()
         if self.graph:
@@ -564,18 +562,18 @@ def load_faces(folder, size):
     found = FaceFolder(folder)
     paths = [path for path, _ in found.samples][:MAX_IMAGES]
     if not paths:
-        raise UserError(f"{folder} holds no images, but {listed(found.left_out) or 'nothing'}")
+        raise UserError(f"{folder} holds no images; it has: {listed(found.left_out) or 'nothing'}")
     files = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
     key = digest(files, DECODER, size)
     pixels = Path(CACHE_DIR, f"faces-{digest(key, *map(os.path.getmtime, paths))}.bin")
     report = pixels.with_suffix(".broken.txt")
     with warnings.catch_warnings(action="ignore"):  # of odd images, and of a read-only file
-        if not pixels.exists():
+        if not (pixels.exists() and report.exists()):
             check_sizes(paths, size)
             need_space(pixels.parent, len(paths) * 3 * size**2)
             decode(paths, size, pixels, report)
         faces = torch.from_numpy(np.memmap(pixels, np.uint8, "r")).view(-1, 3, size, size)
-    broken = [int(line.split()[0]) for line in report.read_text().splitlines()]
+    broken = [int(line.split()[0]) for line in report.read_text("utf-8").splitlines()]
     others = [f"{count:,} {kind}" for kind, count in found.left_out.items()]
     if broken:
         others.append(f"{len(broken):,} broken, listed in {report}")
@@ -592,10 +590,9 @@ def decode(paths, size, pixels, report):
                 several.append(getattr(image, "is_animated", False))
                 return read_face(image, size)
         except Exception as error:  # Pillow raises almost anything for a broken file
-            return f"{path}: {error!r}"
+            return f"{path!r}: {error!r}"
 
-    several = []
-    broken = []
+    several, broken = [], []
     # Threads, as Pillow decodes outside of Python's global lock
     with replacing(pixels) as file, ThreadPool(usable_cores()) as pool:
         items = pool.imap(read, paths, 16)
@@ -606,13 +603,13 @@ def decode(paths, size, pixels, report):
                 broken.append(f"{number} {item}\n")
         if 2 * len(broken) > len(paths):
             raise OSError(f"{len(broken):,} of {len(paths):,} are broken, such as {broken[0]}")
-        report.write_text("".join(broken), errors="backslashreplace")
+        report.write_text("".join(broken), "utf-8")
     if any(several):
         say(f"of {sum(several):,} files with several pictures, only the first picture is used")
 
 
 def check_sizes(paths, size):
-    """Say so if over a tenth of the images are smaller than they will be. Looks at 64 of them."""
+    """Say so if over a tenth of the images will be enlarged. Looks at 64 of them."""
     sides = [size]
     for path in random.Random(0).choices(paths, k=64):
         with suppress(Exception), Image.open(path) as image:
@@ -645,21 +642,21 @@ def read_labels(folder, paths):
 def folder_kinds(folder, paths):
     """The kind of each image: the name of the folder in which the images differ, or "".
 
-    That is the outermost level, unless it only splits the kinds up: the same names are in several
-    of these folders (home/cat, zoo/cat), or these differ in digits only (part-1/cat, part-2/dog).
-    Names such as train and test_set are no kinds.
+    That is the outermost level, unless the same names are in several of its folders (home/cat,
+    zoo/cat), or it only splits the kinds up (train and test_set; part-1 and part-2).
     """
     trails = [split_names(Path(path).relative_to(folder).parts[:-1]) for path in paths]
     levels = zip_longest(*trails, fillvalue="")  # the names at each depth
-    is_split = re.compile(r"(?i)((train|test)(ing)?|val(id|idation)?)([\W\d_].*)?$|$").match
-    levels = [level for level in levels if len({"", *level}) > 2 and not all(map(is_split, level))]
+    levels = [level for level in levels if len({"", *level}) > 2]
     if not levels:
-        raise UserError(f"ATTRIBUTES is folders, but all photos are of one kind: {trails[0]}")
-    kinds, *inners = levels
+        raise UserError(f"ATTRIBUTES is folders; all {len(paths):,} images are in one: {trails[0]}")
+    splits = r"(?i)^((train|test)(ing)?|val(id|idation)?)([\W\d_].*)?$|\d"
+    without = partial(re.sub, splits, "")
+    named = [level for level in levels if len({"", *map(without, level)}) > 2]
+    kinds, *inners = named or levels[-1:]
     for inner in inners:
-        pairs = {(kind, name) for kind, name in zip(kinds, inner) if name}
-        parts = {re.sub(r"\d", "", kind) for kind in kinds if kind}
-        if len(pairs) >= len({"", *inner}) or len(parts) == 1:
+        pairs = {pair for pair in zip(kinds, inner) if pair[1]}
+        if len(pairs) >= len({"", *inner}):
             kinds = inner
     wrong = [kind for kind in {*kinds} if re.search("^-|,|^None$", kind)]
     if wrong:
@@ -737,20 +734,20 @@ def split_names(text):
 def check_names(names, known, owner):
     """Raise UserError if one of `names` is not `known` to `owner`, or is there twice."""
     for name in names:
-        if names.count(name) != 1 or known.count(name) != 1:
-            raise UserError(f"{owner} must have {name!r} once; it has {', '.join(known)}")
+        if names.count(name) * known.count(name) != 1:
+            raise UserError(f"{owner} must have {name!r} once; it has {', '.join(known) or 'none'}")
 
 
-def wished(labels, wish, known, kinds):
+def wished(labels, wish, known, exclusive):
     """`labels` (N, A) of `known` attributes, changed as `wish` says, such as "Smiling,-Male".
 
-    `kinds`: whether the attributes are folders, so an image has one of them at most.
+    `exclusive`: whether the attributes are folders, so an image has one of them at most.
     """
     wishes = split_names(wish)
     names = [name.removeprefix("-") for name in wishes]
     check_names(names, known, "the generator")
-    alone = kinds and set(names) & set(wishes)
-    labels = torch.zeros_like(labels) if alone else labels.clone()
+    alone = exclusive and set(names) & set(wishes)
+    labels = labels * (not alone)  # a folder asked for excludes the others
     for name, wanted in zip(names, wishes):
         labels[:, known.index(name)] = float(name == wanted)
     return labels
@@ -784,8 +781,7 @@ class Batches:
         mine = slice(RANK, None, WORLD_SIZE)
         share = AUGMENT
         if share is None:
-            # At 32 pixels, after 120,000 images, 0.3 makes the distance to real faces a third
-            # smaller for 200 faces, but a quarter larger for 1,000.
+            # For 200 faces, 0.3 makes the distance a third smaller; for 1,000, a quarter larger.
             share = np.interp(len(order), [200, 1_000], [0.3, 0])
         for step in range(first_step, self.steps):
             rng.manual_seed(seed_for("step", epoch, step))
@@ -858,7 +854,7 @@ def face_distance(fakes, reals):
     Lower is better, and real images are at 0 from other real ones, however many there are: it is
     the unbiased estimate of KID (Bińkowski et al. 2018, https://arxiv.org/abs/1801.01401). Here two
     convolutions with fixed random filters make the features, averaged on a 4 × 4 grid: no trained
-    network is needed. Below 0, the fakes are copies of these very reals.
+    network is needed. Well below 0, the fakes are copies of these very reals.
     """
     rng = torch.Generator().manual_seed(0)
     images, real = torch.cat([reals, fakes]), len(reals)
@@ -873,7 +869,8 @@ def face_distance(fakes, reals):
     features = F.batch_norm(features, mean, variance)
     kernel = (features @ features.T / features.shape[1] + 1) ** 3
     kernel.fill_diagonal_(math.nan)  # an image is no pair with itself
-    among_reals, among_fakes = kernel[:real, :real].nanmean(), kernel[real:, real:].nanmean()
+    among_reals = kernel[:real, :real].nanmean()
+    among_fakes = kernel[real:, real:].nanmean()
     return (among_reals + among_fakes - 2 * kernel[:real, real:].mean()).item()
 
 
@@ -923,8 +920,7 @@ def draw_losses(path, rows, quality):
         smooth = F.avg_pool1d(values, 2 * around + 1, 1, around, count_include_pad=False)
         axes.plot(images, smooth[0], label=name)
         axes.legend()
-    seen, distances = ([row[name] for row in quality] for name in ("images", "distance"))
-    lower.plot(seen, distances, "o-")
+    lower.plot([row["images"] for row in quality], [row["distance"] for row in quality], "o-")
     upper.set(ylabel="loss", title="healthy: both rise and fall; the generator's may rise slowly")
     middle.set(ylabel='probability of "real"', title="healthy: apart, but away from 1 and 0")
     lower.set(ylabel="distance to real faces", xlabel="real images seen", yscale="symlog")
@@ -937,7 +933,8 @@ def draw_animation(path):
     files = output_path("samples").glob("epoch_*.png")
     files = sorted(files, key=lambda file: int(file.stem[6:]))
     stride = math.ceil(len(files) / ANIMATION_FRAMES)
-    save_animation(path, [Image.open(file) for file in files[::-stride][::-1]], 150)
+    frames = [Image.open(file) for file in files[::-stride][::-1]]
+    save_animation(path, frames, 150)
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -983,7 +980,7 @@ def train():
     names, labels = read_labels(folder, paths)
     run = Run(Batches(faces, labels, device), names, data)
     if not state:
-        # Two checkpoints, each three times today's state: Adam adds two moments per weight.
+        # Two checkpoints, each three times the state now: Adam adds two moments per weight.
         need_space(Path(OUTPUT_DIR), 6 * len(to_file(run.state())))
     try:
         lock = FileLock(output_path(f".lock-{RANK}")).acquire(timeout=0)
@@ -1125,7 +1122,7 @@ class Run(Trainer):
         if RANK == 0:
             attempt(write_rows, "metrics.csv", METRICS, self.metrics[-1:], "a")
         bar.set_description_str(f"epoch {self.epoch + 1}/{EPOCHS}", refresh=False)
-        bar.set_postfix(dict(reversed(means.items())), speed=speed, refresh=False)
+        bar.set_postfix(means, speed=speed, refresh=False)
         steps, needed = self.batches.steps, STEPS_NEEDED * IMAGE_SIZE // 64
         # Said twice: the first row is slower, but a short run has no other.
         if len(self.metrics) < 3 and EPOCHS * steps < needed / 4:
@@ -1134,7 +1131,7 @@ class Run(Trainer):
             say(f"this run is too short; use {epochs}, which takes about {minutes} min")
 
     def grid_due(self):
-        """Whether this epoch has a grid: of many short ones, from the 64th on only every second."""
+        """Whether this epoch has a grid: of short ones, from the 64th on ever fewer."""
         long = self.batches.steps * BATCH_SIZE >= MEASURE_EVERY
         return long or self.epoch == EPOCHS or self.epoch % max(1, self.epoch // 32) == 0
 
@@ -1184,24 +1181,25 @@ class Run(Trainer):
             self.better = to_file({name: state[name] for name in GENERATOR_STATE})
         else:
             best = self.quality[-1]["best"]
-        self.quality.append(dict(zip(QUALITY, [self.epoch, self.images, distance, best])))
+        row = [self.epoch, self.images, distance, best]
+        self.quality.append(dict(zip(QUALITY, row)))
         attempt(write_rows, "quality.csv", QUALITY, self.quality)
         say(f"epoch {self.epoch}/{EPOCHS}: distance {distance:.4f}, best in epoch {best}")
 
-    def save(self, last):
-        """Write checkpoint.pt and, if there is a better one, generator.pt.
-
-        If that fails the `last` time, it waits, tries once more, and then raises OSError.
-        """
+    def write(self):
+        """Write checkpoint.pt and, if there is a better one, generator.pt. Returns success."""
         if self.better and attempt(write_bytes, "generator.pt", self.better):
             self.better = None
         # Anew: after a crash, it has rows that this run will write again.
         attempt(write_rows, "metrics.csv", METRICS, self.metrics)
-        content = to_file(self.state())
-        saved = attempt(write_bytes, "checkpoint.pt", content)
+        return attempt(write_bytes, "checkpoint.pt", to_file(self.state())) and not self.better
+
+    def save(self, last):
+        """Call `write`; if that fails the `last` time, wait, try again, and then raise OSError."""
+        saved = self.write()
         if last and not saved:
             sleep(RETRY_SECONDS)
-            saved = attempt(write_bytes, "checkpoint.pt", content)
+            saved = self.write()
         if saved:
             self.saved_at = perf_counter()
         elif last:
@@ -1317,7 +1315,7 @@ def generate_images(
     attributes=None,
     individual=False,
 ):
-    """New faces as a float tensor (num_images, 3, H, W) in [0, 1]; also saved as a grid.
+    """New faces: a float tensor (num_images, 3, H, W) in [0, 1]; up to 1,024 are saved as a grid.
 
     In a notebook, the grid is shown as well. On one device, the same seed gives the same images,
     and a larger `num_images` only adds some; None chooses a seed and prints it. `checkpoint` is a
@@ -1325,7 +1323,7 @@ def generate_images(
     generated.png beside the checkpoint; if `individual`, a folder for a file each, which is then
     returned. A `truncation` below 1 scales the noise down: faces are cleaner, but more alike.
     `attributes`, such as "Smiling,-Male", are to have and, with "-", not to have; others are as
-    frequent as in the training images with these. Raises UserError for a wrong argument or file.
+    frequent as in the training images with these. Raises UserError for wrong names or files.
     """
     trained = TrainedGenerator(checkpoint, attributes)
     images = trained.images(num_images, seed, truncation)
@@ -1385,8 +1383,8 @@ class Images(list, torch.utils.data.Dataset):  # type: ignore[misc]
 def evaluate(num_images=50_000, checkpoint=None, seed=0, data_dir=None):
     """FID, KID, precision and recall of new faces against real ones, as a dict.
 
-    The real images are those in `data_dir`, by default those of the training run, or evenly spread
-    ones if they are over 50,000. The results are also printed, and appended to evaluation.csv. FID
+    The real images are those in `data_dir`, by default the training run's, or evenly spread ones
+    if they are over 50,000. The results are also printed, and appended to evaluation.csv. FID
     and KID are better when lower (Heusel et al. 2017, Bińkowski et al. 2018), precision and recall
     when higher (Kynkäänniemi et al. 2019). All come from torch-fidelity.
     """
@@ -1441,7 +1439,7 @@ DEMO = (
 def prepare_data(place):
     """The folder of the images at `place`: a folder, or an archive, which is unpacked once.
 
-    CelebA's and the demo's folders are filled if they hold no images.
+    The folders of CelebA, the demo and another KAGGLE_DATASET are filled if they hold no images.
     """
     folder = Path(place).absolute()
     if folder == Path.cwd() / DEMO_DIR:
@@ -1471,14 +1469,19 @@ def fill_folder(folder, put):
     if FaceFolder(folder).samples:
         return
     part = folder / ".part"  # on the same disk, wherever a link or a mount leads
-    os.makedirs(part, exist_ok=True)
+    lock = folder / ".lock"
     try:
-        put(part)
-        if not FaceFolder(part).samples:
-            raise UserError(f"there are no images in {part}")
-        part.rename(folder / "images")
+        with FileLock(lock):
+            if FaceFolder(folder).samples:  # another run has filled it
+                return
+            os.makedirs(part, exist_ok=True)
+            put(part)
+            if not FaceFolder(part).samples:
+                raise UserError(f"there are no images in {part}")
+            part.rename(folder / "images")
     finally:
         with suppress(OSError):  # if they are empty
+            lock.unlink()
             part.rmdir()
             folder.rmdir()
             os.rmdir("data")  # in which the folders of CelebA and the demo are
@@ -1492,7 +1495,7 @@ def unpack(archive, folder):
     too_long = 0
     with zipfile.ZipFile(archive) as source:
         for member in source.infolist():
-            name = member.filename.replace("\\", "/")  # Windows may write the former
+            name = member.filename.replace("\\", "/")  # some Windows programs write "\\"
             with suppress(UnicodeError):  # a Mac writes UTF-8, which zipfile reads as CP437
                 name = name.encode("cp437").decode()
             member.filename = name
@@ -1564,14 +1567,14 @@ failing = set()  # type: ignore[var-annotated]  # what could not be written the 
 def attempt(write, name, *arguments):
     """Call `write`, whose failure must not end the run. Returns whether it has worked.
 
-    `name`: in OUTPUT_DIR. Of several failures in a row, only the first is reported.
+    `name`: in OUTPUT_DIR, or absolute. Of several failures in a row, only the first is reported.
     """
     path = output_path(name)
     try:
         write(path, *arguments)
     except Exception as error:
         if path not in failing:
-            say(f"{path} cannot be written ({error!r}); going on without it")
+            say(f"{path} cannot be written: {error!r}")
         failing.add(path)
         return False
     failing.discard(path)
@@ -1717,7 +1720,7 @@ def progress_bar(items, total, name, **options):
     """A tqdm bar; where there is no terminal, a line per minute."""
     if not in_notebook() and not (sys.stderr and sys.stderr.isatty()):
         options |= {"mininterval": 60, "delay": 60, "miniters": 1, "file": Lines()}
-    return tqdm(items, name, total, unit=" images", disable=RANK > 0, dynamic_ncols=True, **options)
+    return tqdm(items, name, total, disable=RANK > 0, dynamic_ncols=True, **options)
 
 
 def say(text):
@@ -1729,12 +1732,11 @@ def say(text):
 
 # -------------------------------------------------------------------------- what the settings are
 
-# Each setting and, in small letters, each argument of a command: its kind, the lowest and the
-# highest value of a number, and what it is
+# Each setting and (in small letters) argument: its kind, the limits of a number, and what it is
 HELP = """\
 IMAGE_SIZE         integer 32     256  pixels per side: 32, 64, 128 or 256
 BATCH_SIZE         integer  2   65536  images per step, over all processes
-MAX_IMAGES         integer  1     1e9  use the first so many images by name, by default all
+MAX_IMAGES         integer  1     1e9  use only the first images by path, by default all
 MIRROR             boolean  -       -  mirror real images at random
 AUGMENT            number   0       1  share of images whose colours and place are changed
 LATENT_SIZE        integer  1     1e9  length of the noise vector of a face
@@ -1770,8 +1772,7 @@ checkpoint         path     -       -  checkpoint.pt or generator.pt to draw fro
 output             path     -       -  file or folder to write
 data_dir           path     -       -  folder of the real images, by default the run's
 """
-ROWS = [line.split(maxsplit=4) for line in HELP.splitlines()]
-RULES = {name: rule for name, *rule in ROWS}
+RULES = {name: rule for name, *rule in re.findall(r"(\S+) +(\S+) +(\S+) +(\S+) +(.+)", HELP)}
 SETTINGS = [name for name in RULES if name.isupper()]
 OPTIONAL = "MAX_IMAGES AUGMENT ATTRIBUTES D_LEARNING_RATE DEVICE PRECISION".split()
 KINDS = {
@@ -1842,8 +1843,9 @@ def parse(words):
     """The function that a command line calls, and {name: text} of its settings and arguments."""
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
     function, about, settings = COMMANDS[command]
-    options = {"description": about, "allow_abbrev": False, "exit_on_error": False}
-    parser = argparse.ArgumentParser(f"dcgan.py {command}", **options)
+    parser = argparse.ArgumentParser(
+        f"dcgan.py {command}", description=about, allow_abbrev=False, exit_on_error=False
+    )
     parser.epilog = f"commands, to come first: {', '.join(COMMANDS)}"
     if command == "train":
         parser.add_argument("--demo", action="store_true", help="a short run on drawn faces")
@@ -1875,8 +1877,7 @@ def parse(words):
 def main(argv=None):
     """The command line. Returns the exit status: 0, 1 for a failure, 2 for a wrong call.
 
-    After a signal it is 128 plus the number of the signal. Errors that only someone editing this
-    file can fix keep their traceback.
+    After signal N it is 128 + N. Errors that only an editor of this file can fix keep a traceback.
     """
     try:
         function, options = parse(sys.argv[1:] if argv is None else list(argv))

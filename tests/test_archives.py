@@ -3,7 +3,9 @@
 import os
 import shutil
 import tarfile
+import time
 import zipfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,22 @@ def test_a_zip_is_unpacked_once_beside_a_folder_of_its_name_and_anew_if_changed(
     zipped("other/{}.png")
     os.utime("photos.zip", (1, 1))
     assert unpacked()[1] == names("other/{}.png")
+
+
+def test_two_runs_unpack_a_zip_once(tiny, workplace, monkeypatch):
+    zipped()
+    extract, calls = zipfile.ZipFile.extract, []
+
+    def slow(*arguments):
+        calls.append(arguments)
+        time.sleep(0.1)
+        return extract(*arguments)
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", slow)
+    with ThreadPool(2) as pool:
+        folders = pool.map(dcgan.prepare_data, ["photos.zip"] * 2)
+    assert len(calls) == 5 and [folder for folder, _ in [unpacked()] * 2] == folders
+    assert [path.name for path in folders[0].iterdir()] == ["images"]
 
 
 @pytest.mark.parametrize("form, suffix", [("tar", ".tar"), ("gztar", ".TAR.GZ"), ("zip", ".ZIP")])

@@ -198,6 +198,8 @@ KINDS = {
     "a split in a folder": "all/train/cat/1 all/train/dog/1 all/val/cat/1 all/val/dog/1",
     "a split of each": "cat/train/1 cat/test/1 dog/train/1 dog/test/1",
     "a split with other photos": "Training_set/cat/1 Training_set/dog/1 test1/1",
+    "parts of each": "cat/part-1/1 cat/part-2/1 dog/part-1/1 dog/part-2/1",
+    "numbers of each": "cat/1/1 cat/2/1 dog/1/1 dog/2/1",
     "a zoo": "home/cat/1 zoo/cat/1 home/dog/1 zoo/dog/1",
     "two downloads": "animals-001/animals/cat/1 animals-002/animals/dog/1",
     "other photos": "cat/1 dog/1 2",
@@ -224,7 +226,9 @@ def test_many_kinds_are_named_shortly(tiny, capsys):
 
 @pytest.mark.parametrize("kinds", ["train car", "cat test", "0 1", "trainers valley", "test_1 car"])
 def test_kinds_may_have_any_names(tiny, kinds):
-    paths = [f"/photos/part-{part}/{kind}/1" for part in (1, 2) for kind in kinds.split()]
+    inner = {"trainers": "red/", "valley": "green/"}
+    names = [f"{kind}/{inner.get(kind, '')}1" for kind in kinds.split()]
+    paths = [f"/photos/part-{part}/{name}" for part in (1, 2) for name in names]
     assert {*tiny.folder_kinds("/photos", paths)} == {*kinds.split()}
 
 

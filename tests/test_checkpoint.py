@@ -212,6 +212,22 @@ def test_a_disk_that_is_full_for_a_while_ends_no_run(plan, whole, monkeypatch, l
 
 
 @pytest.mark.parametrize("returns", [False, True])
+def test_the_best_generator_is_tried_twice_too(plan, whole, monkeypatch, capsys, returns):
+    good, away = dcgan.write_bytes, [True]
+
+    def write(path, content):
+        if away and path.name == "generator.pt":
+            raise OSError("no disk")
+        good(path, content)
+
+    monkeypatch.setattr(dcgan, "write_bytes", write)
+    monkeypatch.setattr(dcgan, "sleep", lambda seconds: returns and away.clear())
+    assert exit_status() == (0 if returns else 1)
+    if returns:
+        assert_ends_like(whole)
+
+
+@pytest.mark.parametrize("returns", [False, True])
 def test_the_last_save_is_tried_twice(plan, whole, monkeypatch, limit, capsys, returns):
     with monkeypatch.context() as patched:
         patched.setattr(dcgan, "sleep", sleep := Mock(side_effect=lambda time: returns and limit()))

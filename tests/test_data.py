@@ -145,6 +145,16 @@ def test_broken_images_are_listed_and_paths_stay_those_of_the_rest(folder, capsy
         assert count.endswith("images: 11; left out: 6")
         lines = (folder.parent / report.strip()).read_text().splitlines()
         assert all(name in line for name, line in zip([*broken, *deep], lines, strict=True))
+    (folder.parent / report.strip()).unlink()  # README: any file of the cache may be deleted
+    assert len(load(folder)[0]) == 11
+
+
+@pytest.mark.parametrize("name", ["a\nb.png", "a\u2028b.png", os.fsdecode(b"a\xffb.png")])
+def test_a_broken_image_may_have_an_odd_name(folder, name):
+    put(folder, "1.png", "2.png")
+    (folder / name).touch()
+    for _ in ("decoded", "from the cache"):
+        assert len(load(folder)[0]) == 2
 
 
 def test_more_broken_images_than_good_ones_are_refused(folder):

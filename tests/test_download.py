@@ -94,6 +94,13 @@ def test_a_folder_without_images_is_filled_and_no_other(download, server, all_fa
     assert (server.requests == []) if filled else images() == FACES
 
 
+def test_a_folder_with_images_is_never_written_to(workplace, monkeypatch):
+    Path("data").mkdir()
+    Path("data/celeba").symlink_to(Path("faces").resolve())
+    monkeypatch.setattr(dcgan, "FileLock", None)
+    assert dcgan.prepare_data("data/celeba") == Path("data/celeba").absolute()
+
+
 def test_another_data_set_goes_to_another_folder(download, server):
     download("--kaggle-dataset", "someone/cats", status=2, words=["DATA_DIR"])
     assert server.requests == []

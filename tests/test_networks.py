@@ -119,7 +119,7 @@ def descended(made, inputs, with_penalty=False):
     if changes:
         reals, fakes = map(dcgan.augment, (reals, fakes), changes[0].unbind(1))
     real, fake = discriminator(reals, labels), discriminator(fakes.detach(), labels)
-    penalty, means = 0, [real.sigmoid().mean(), fake.sigmoid().mean(), torch.tensor(1.0)]
+    penalty, means = 0, [real.sigmoid().mean(), fake.sigmoid().mean()]
     loss_d = (0.9 * F.softplus(-real) + 0.1 * F.softplus(real) + F.softplus(fake)).mean()
     if with_penalty:  # each logit by its own image
         discriminator.eval()
@@ -128,7 +128,7 @@ def descended(made, inputs, with_penalty=False):
             (slope,) = torch.autograd.grad(discriminator(image, label), image, create_graph=True)
             penalty = penalty + dcgan.R1_INTERVAL * dcgan.R1_GAMMA / 2 * slope.square().sum() / 8
     loss_g = F.softplus(-discriminator.train()(fakes, labels)).mean()
-    by_hand = [torch.stack([loss_d, loss_g, *means]).detach()]
+    by_hand = [torch.stack([*means, loss_d, loss_g, torch.ones(())]).detach()]
     by_hand += torch.autograd.grad(loss_g, list(generator.parameters()), retain_graph=True)
     by_hand += torch.autograd.grad(loss_d + penalty, list(discriminator.parameters()))
     return measured, by_hand
@@ -316,8 +316,8 @@ EDITS = {  # what is replaced by what
     | {" + attributes, 4)": " + attributes)", "last, nn.Flatten())": "nn.Flatten(), last)"},
     "Dropout": {"nn.LeakyReLU(0.2, inplace=True)": "nn.LeakyReLU(0.2), nn.Dropout(0.3)"},
     "Upsample": {UP: "nn.Upsample(scale_factor=2), nn.Conv2d(inner, outer, 3, padding=1)"},
-    "loss": {'"loss_g", "d_real",': '"loss_g", "loss_both", "d_real",'}
-    | {"measured = [loss_d, loss_g,": "measured = [loss_d, loss_g, loss_d + loss_g,"},
+    "loss": {'"loss_d", "loss_g")': '"loss_d", "loss_g", "loss_both")'}
+    | {".mean(), loss_d, loss_g]": ".mean(), loss_d, loss_g, loss_d + loss_g]"},
 }
 
 

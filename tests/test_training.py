@@ -77,7 +77,7 @@ def test_a_row_of_metrics_holds_the_means_of_the_steps_since_the_row_before(tiny
     tiny.LOG_EVERY = 3  # one row goes across an epoch's end, and the last is of one step
     tiny.train()
     real, fake, again = np.array(judged).reshape(10, 3, 2).transpose(1, 2, 0)
-    steps = np.array([real[0] + fake[0], again[0], real[1], fake[1]])
+    steps = np.array([real[1], fake[1], real[0] + fake[0], again[0]])
     assert [",".join(row[:3]) for row in metrics()] == ["1,3,24", "2,1,48", "2,4,72", "2,5,80"]
     for row, part in zip(metrics(), np.split(steps, [3, 6, 9], 1)):
         assert [float(text) for text in row[3:]] == pytest.approx(part.mean(1), rel=2e-5), row
