@@ -1222,7 +1222,7 @@ class Run(Trainer):
     def advise(self, fakes):
         """Warn of each sign of trouble."""
         row = self.metrics[-1]
-        if row["d_real"] > 0.97 and row["d_fake"] < 0.03:
+        if row.get("d_real", 0) > 0.97 and row["d_fake"] < 0.03:
             say("the discriminator has won; set D_LEARNING_RATE to 0.0002, or R1_GAMMA to 0.1 or 1")
         if 3 * diversity(fakes) < diversity(self.reals):
             say("the samples look alike (mode collapse); lower LEARNING_RATE or raise BATCH_SIZE")

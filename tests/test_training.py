@@ -209,8 +209,10 @@ def test_each_trouble_is_told_with_what_to_change(capsys):
         (0.98, 0.02, 0.2, ["D_LEARNING_RATE", "BATCH_SIZE"]),
         (0.98, 0.04, 0.2, ["BATCH_SIZE"]),
         (0.96, 0.02, 0.5, []),
+        (None, None, 0.5, []),  # a student has removed them
     ]:
-        run = SimpleNamespace(metrics=[{"d_real": d_real, "d_fake": d_fake}], reals=reals)
+        row = {"d_real": d_real, "d_fake": d_fake} if d_real else {}
+        run = SimpleNamespace(metrics=[row], reals=reals)
         dcgan.Run.advise(run, scale * reals)
         lines = capsys.readouterr().out.splitlines()
         assert len(lines) == len(words) and all(map(str.__contains__, lines, words)), lines
