@@ -651,9 +651,9 @@ def folder_kinds(folder, paths):
     if not levels:
         raise UserError(f"ATTRIBUTES is folders; all {len(paths):,} images are in one: {trails[0]}")
     splits = r"(?i)^((train|test)(ing)?|val(id|idation)?)([\W\d_].*)?$|\d"
-    without = partial(re.sub, splits, "")
-    named = [level for level in levels if len({"", *map(without, level)}) > 2]
-    kinds, *inners = named or levels[-1:]
+    stem = partial(re.sub, splits, "")  # what tells kinds apart
+    useful = [level for level in levels if len({"", *map(stem, level)}) > 2]
+    kinds, *inners = useful or levels[-1:]
     for inner in inners:
         pairs = {pair for pair in zip(kinds, inner) if pair[1]}
         if len(pairs) >= len({"", *inner}):
@@ -961,7 +961,8 @@ def train():
     KeyboardInterrupt for a signal.
     """
     check_settings()
-    checkpoint, best = output_path("checkpoint.pt"), output_path("generator.pt")
+    checkpoint = output_path("checkpoint.pt")
+    best = output_path("generator.pt")
     state = read_checkpoint(checkpoint) if checkpoint.exists() else None
     if state:
         compare_settings(state["settings"])
@@ -1270,8 +1271,10 @@ class TrainedGenerator:
         name = "generator.pt" if output_path("generator.pt").exists() else "checkpoint.pt"
         self.path = Path(checkpoint or output_path(name))
         state = read_checkpoint(self.path)
-        self.settings, self.epoch = state["settings"], state["epoch"]
-        self.labels, known = state["labels"], state["attributes"]
+        self.settings = state["settings"]
+        self.epoch = state["epoch"]
+        self.labels = state["labels"]
+        known = state["attributes"]
         say(f"{self.path}: epoch {self.epoch}; attributes: {', '.join(known) or 'none'}")
         if attributes:
             kinds = self.settings["ATTRIBUTES"] == "folders"
@@ -1286,10 +1289,7 @@ class TrainedGenerator:
         self.draw = partial(draw, generator, dtype=pick_dtype(device))
 
     def latents(self, number, seed, truncation=1.0):
-        """Yield (64, z + A), on the CPU, for at least `number` images.
-
-        They come in batches of 64, so that an image does not depend on how many were asked for.
-        """
+        """Yield (64, z + A), on the CPU, for `number` images: if there are more, none changes."""
         if seed is None:
             seed = random.randrange(10**6)
             say(f"seed {seed}")
@@ -1470,6 +1470,7 @@ def fill_folder(folder, put):
         return
     part = folder / ".part"  # on the same disk, wherever a link or a mount leads
     lock = folder / ".lock"
+    say(f"filling {folder} (or waiting for a run that does)")
     try:
         with FileLock(lock):
             if FaceFolder(folder).samples:  # another run has filled it
@@ -1536,7 +1537,8 @@ def draw_face(rng):
     hair = f"hsl(30, 60%, {rng.randint(6, 40)}%)"
     skin = f"hsl(24, 45%, {rng.randint(40, 82)}%)"
     iris = f"hsl({rng.randint(20, 220)}, 40%, 25%)"
-    side, smile = rng.uniform(27, 33), rng.uniform(0, 9)
+    side = rng.uniform(27, 33)
+    smile = rng.uniform(0, 9)
     ovals = [
         (20, 4, 108, rng.choice((104, 126)), hair),
         (side, 23, 128 - side, 113, skin),
@@ -1833,8 +1835,6 @@ COMMANDS = {
     "evaluate": (evaluate, "FID, KID, precision and recall", [*DRAWING, "MAX_IMAGES", "CACHE_DIR"]),
     "download": (download, "the images, and nothing else", ("DATA_DIR", "KAGGLE_DATASET")),
 }
-
-
 WRONG_CALLS = (UserError, argparse.ArgumentError)
 FAILURES = (OSError, ImportError, FloatingPointError, MemoryError, torch.OutOfMemoryError)
 
@@ -1884,8 +1884,7 @@ def main(argv=None):
         values = {name: parsed(name, text) for name, text in options.items()}
         globals().update({name: values.pop(name) for name in SETTINGS if name in values})
         function(**values)
-        # A run goes on without a picture; a command is there for it.
-        return 1 if failing and function is not train else 0
+        return 1 if failing and function is not train else 0  # a run goes on without pictures
     except KeyboardInterrupt as interrupt:
         return 128 + (interrupt.args or [signal.SIGINT])[0]
     except WRONG_CALLS + FAILURES as error:
