@@ -228,6 +228,7 @@ def test_a_stopped_decoding_leaves_nothing_half(folder, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(dcgan, "progress_bar", stopped)
         load(folder)
+    assert not [*folder.parent.glob("data/cache/*")]
     assert len(load(folder)[0]) == 10
 
 
