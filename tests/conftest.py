@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,12 +64,21 @@ def pictures(request, monkeypatch):
         monkeypatch.setattr(dcgan.Run, "draw_pictures", lambda *about: None)
 
 
+@contextmanager
+def settings_kept():
+    """What is done within has no effect on the settings afterwards."""
+    before = dcgan.setting_values()
+    try:
+        yield
+    finally:
+        vars(dcgan).update(before)
+
+
 @pytest.fixture(autouse=True)
 def settings_as_before():
     """What checks the settings also makes paths absolute: not for the next test."""
-    before = dcgan.setting_values()
-    yield
-    vars(dcgan).update(before)
+    with settings_kept():
+        yield
     dcgan.failing.clear()
 
 
@@ -224,13 +234,11 @@ def refused(capsys, *arguments, status=2, words=()):
 
 def exit_status(*arguments):
     """That of the command line with these arguments, in this process."""
-    before = dcgan.setting_values()
-    try:
-        return dcgan.main(list(map(str, arguments)))
-    except SystemExit as end:  # argparse's
-        return end.code
-    finally:
-        vars(dcgan).update(before)
+    with settings_kept():
+        try:
+            return dcgan.main(list(map(str, arguments)))
+        except SystemExit as end:  # argparse's
+            return end.code
 
 
 # ------------------------------------------------------------------------- what a run has left

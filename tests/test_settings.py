@@ -49,7 +49,7 @@ def seen(monkeypatch):
     for command, (_, *about) in dcgan.COMMANDS.items():
         spy = (lambda: calls.append(dcgan.setting_values()), *about)
         monkeypatch.setitem(dcgan.COMMANDS, command, spy)
-    return lambda line: calls.pop() if dcgan.main(line.split()) == 0 else None
+    return lambda line: calls.pop() if exit_status(*line.split()) == 0 else None
 
 
 @pytest.mark.parametrize("name", OTHER)
